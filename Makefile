@@ -1,0 +1,44 @@
+# livebackup: `make help` says what there is. Needs Debian 12, a Rust toolchain (1.90 or later) and make; what else is
+# needed is installed from Debian by tests/setup.sh (as root; otherwise it says what to install).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench bench-throughput lint cargo
+CARGO ?= cargo
+SCRIPTS := tests/setup.sh tests/guest/build.sh demo/run.sh .ci/run
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+demo: cargo ## back up and restore a running guest, in one process and over TCP, and prove what was restored (about 2 minutes)
+	tests/setup.sh --packages
+	$(CARGO) build --release --locked
+	demo/run.sh
+
+test: cargo ## all checks and tests, on real QEMUs of two versions
+	tests/setup.sh
+	$(MAKE) --no-print-directory lint
+	tests/guest/build.sh
+	$(CARGO) test --locked --no-fail-fast
+
+lint: cargo ## formatting, clippy, scripts
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	for script in $(SCRIPTS); do bash -n "$$script"; test -x "$$script"; done
+	busybox sh -n tests/guest/init
+	python3 -c 'import ast; ast.parse(open("demo/guest.py").read())'
+	@command -v shellcheck >/dev/null || { echo "shellcheck is missing: run tests/setup.sh"; exit 1; }
+	shellcheck $(SCRIPTS)
+
+bench: cargo ## measure (release): the parts, then all of it beside QEMU's own means
+	tests/setup.sh --packages
+	$(CARGO) bench --locked --benches
+	$(MAKE) --no-print-directory bench-throughput
+
+bench-throughput: cargo ## only the latter (about 10 minutes); writes bench/RESULTS.md
+	tests/setup.sh --packages
+	$(CARGO) build --release --locked
+	bench/throughput.py
+
+cargo:
+	@command -v $(CARGO) >/dev/null || { echo "$(CARGO) is missing: install Rust 1.90 or later (https://rustup.rs), then try again"; exit 1; }

@@ -1,0 +1,175 @@
+//! What a restore costs, beside `qemu-img convert` of an equal qcow2 image to raw.
+//!
+//! `cargo bench --bench restore -- [MIB] [DIR]`: a disk of MIB of half-compressible data (default 2048) and half as many
+//! zeroes behind, below DIR (default: the system's directory for temporary files, which must not be in memory for the
+//! figures to mean anything). Every way is measured to its end with the data on the storage, three times in turn, and the
+//! medians are printed; `qemu-img` does not flush, so it is followed by a `sync` of the file, and its time without that
+//! is printed too. The sources (packs, qcow2) are in the page cache for all alike.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use bytes::Bytes;
+use livebackup::repo::{Compression, Image, Manifest, Repository, WriterOptions};
+use livebackup::restore::{Format, RestoreOptions, restore};
+use livebackup::units::{KIB, MIB};
+use nix::sys::resource::{UsageWho, getrusage};
+
+const ROUNDS: usize = 3;
+
+fn processor_seconds(who: UsageWho) -> f64 {
+    let usage = getrusage(who).expect("getrusage works");
+    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
+}
+
+/// Peak of the process's memory so far.
+fn peak_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("0 kB");
+    line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+/// Fills with what compresses by about half: records with a random key, counters and text, as a database page.
+fn fill(seed: u64, out: &mut [u8]) {
+    const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog; customer=";
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for record in out.chunks_mut(96) {
+        let mut bytes = [0u8; 96];
+        for word in bytes[..40].chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        bytes[40..94].copy_from_slice(TEXT);
+        record.copy_from_slice(&bytes[..record.len()]);
+    }
+}
+
+fn backup(dir: &Path, compression: Compression, mib: u64) -> (Repository, Manifest) {
+    let repo = Repository::init(dir, 128 * KIB as u32).expect("init");
+    let options = WriterOptions { compression, ..WriterOptions::default() };
+    let writer = repo.writer(options).expect("writer");
+    let disk = writer.disk(mib * MIB * 3 / 2, 128 * KIB as u32, None).expect("disk");
+    for i in 0..mib {
+        let mut piece = vec![0; MIB as usize];
+        fill(i + 1, &mut piece);
+        writer.put_blocking(disk, i * MIB, Bytes::from(piece)).expect("put");
+    }
+    let image: Image = writer.finish().expect("finish").disks[0].image;
+    let point = serde_json::json!({
+        "id": "00000000000000000000000000000001", "vm": "vm", "started": "2026-01-01T00:00:00Z",
+        "instant": "2026-01-01T00:00:00Z", "finished": "2026-01-01T00:00:00Z", "level": "full", "parent": null,
+        "grade": "crash", "left_out": [], "livebackup": "bench",
+        "machine": {"name": null, "uuid": null, "qemu_version": "10", "target": "x86_64", "machine_type": null,
+            "command_line": [], "boot_files": []},
+        "totals": {"size_bytes": 0, "read_bytes": 0, "stored_bytes": 0},
+        "disks": [{
+            "disk": {"name": "disk", "kind": "disk", "device": "virtio-blk-device", "qom_path": "/", "node": "n",
+                "size_bytes": image.size_bytes, "read_only": false, "iothread": false, "discard_unmap": true,
+                "chain": [], "shared": null},
+            "root": image.root, "size_bytes": image.size_bytes, "chunk_bytes": image.chunk_bytes,
+            "checkpoint": null, "epoch": null, "taken": "full", "reason": "bench", "read_bytes": 0, "stored_bytes": 0,
+        }],
+    });
+    (repo, serde_json::from_value(point).expect("a manifest"))
+}
+
+struct Way<'a> {
+    label: &'a str,
+    run: Box<dyn FnMut() -> Vec<f64> + 'a>,
+    /// Seconds to the storage, seconds without the flush (if known), processor seconds.
+    rounds: Vec<Vec<f64>>,
+}
+
+fn median(rounds: &[Vec<f64>], column: usize) -> Option<f64> {
+    let mut values: Vec<_> = rounds.iter().filter_map(|round| round.get(column).copied()).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
+    let mib: u64 = args.next().and_then(|a| a.parse().ok()).unwrap_or(2048);
+    let base = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let dir = tempfile::tempdir_in(&base).expect("a directory");
+    let path = |name: &str| dir.path().join(name);
+    let raw = backup(&path("raw"), Compression::None, mib);
+    let zstd = backup(&path("zstd"), Compression::Zstd(1), mib);
+    let (source, converted) = (path("source.qcow2"), path("converted.raw"));
+
+    let restoring = |(repo, point): &(Repository, Manifest), format, compare| {
+        let out = path("out");
+        let options = RestoreOptions { format, compare, ..RestoreOptions::new(&out) };
+        let (begun, before) = (Instant::now(), processor_seconds(UsageWho::RUSAGE_SELF));
+        restore(repo, point, &options, &AtomicBool::new(false), &mut |_| {}).expect("restore");
+        let took = [begun.elapsed().as_secs_f64(), f64::NAN, processor_seconds(UsageWho::RUSAGE_SELF) - before];
+        std::fs::remove_dir_all(out).expect("remove");
+        took.to_vec()
+    };
+    let qemu_img = |arguments: &[&str]| {
+        let status = Command::new("qemu-img").args(arguments).status().expect("qemu-img (package qemu-utils) runs");
+        assert!(status.success(), "qemu-img {arguments:?}");
+    };
+    let [source_text, converted_text] = [&source, &converted].map(|p| p.to_str().expect("a plain path").to_owned());
+
+    // The source of qemu-img: the same disk, as qemu-img writes it.
+    let first = RestoreOptions::new(path("first"));
+    restore(&raw.0, &raw.1, &first, &AtomicBool::new(false), &mut |_| {}).expect("restore");
+    let peak = peak_mib();
+    let first_text = path("first/disk.raw").to_str().expect("a plain path").to_owned();
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", &first_text, &source_text]);
+    std::fs::remove_dir_all(path("first")).expect("remove");
+    Command::new("sync").arg("-f").arg(&source).status().expect("sync runs");
+
+    let convert = || {
+        let (begun, before) = (Instant::now(), processor_seconds(UsageWho::RUSAGE_CHILDREN));
+        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &source_text, &converted_text]);
+        let without_flush = begun.elapsed().as_secs_f64();
+        std::fs::File::open(&converted).and_then(|f| f.sync_all()).expect("sync");
+        let took = begun.elapsed().as_secs_f64();
+        let processor = processor_seconds(UsageWho::RUSAGE_CHILDREN) - before;
+        assert!(std::fs::metadata(&converted).expect("stat").blocks() * 512 >= mib * MIB);
+        std::fs::remove_file(&converted).expect("remove");
+        vec![took, without_flush, processor]
+    };
+    let way = |label, run| Way { label, run, rounds: Vec::new() };
+    let mut ways: Vec<Way> = vec![
+        way("qemu-img convert to raw", Box::new(convert)),
+        way("restore raw", Box::new(|| restoring(&raw, Format::Raw, false))),
+        way("restore raw, zstd", Box::new(|| restoring(&zstd, Format::Raw, false))),
+        way("restore qcow2, zstd", Box::new(|| restoring(&zstd, Format::Qcow2, false))),
+        way("restore raw, compare", Box::new(|| restoring(&raw, Format::Raw, true))),
+        way("restore qcow2, compare", Box::new(|| restoring(&raw, Format::Qcow2, true))),
+    ];
+    for _ in 0..ROUNDS {
+        for way in &mut ways {
+            let took = (way.run)();
+            way.rounds.push(took);
+        }
+    }
+    println!(
+        "{mib} MiB of data, {} MiB of zeroes; medians of {ROUNDS}; peak memory of the first restore {peak} MiB",
+        mib / 2
+    );
+    let reference = median(&ways[0].rounds, 0).unwrap_or(f64::NAN);
+    for way in &ways {
+        let column = |n| median(&way.rounds, n).unwrap_or(f64::NAN);
+        let rate = |seconds: f64| mib as f64 / seconds;
+        print!(
+            "{:<26} {:>6.0} MiB/s on the storage ({:.2} x qemu-img), processor {:>5.2} s/GiB",
+            way.label,
+            rate(column(0)),
+            reference / column(0),
+            column(2) * 1024.0 / mib as f64,
+        );
+        match column(1) {
+            without if without.is_nan() => println!(),
+            without => println!("; {:.0} MiB/s without the flush", rate(without)),
+        }
+    }
+}

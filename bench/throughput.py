@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""Backup and restore speed of livebackup beside QEMU's own means. bench/README.md says what is measured and how.
+
+  bench/throughput.py [--runs N] [--only WORD]... [--out DIR] [--keep]
+
+LIVEBACKUP names the program, QEMU the emulator, LIVEBACKUP_BENCH_MIB the data (default 3072; the bars are meant for that),
+TMPDIR where everything is put. No bar fails the run."""
+import argparse, json, os, platform, shutil, socket, statistics, subprocess, sys, tempfile, time
+sys.dont_write_bytecode = True  # nothing is left beside the sources
+from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, flush, make, peak_mib, processor_seconds, stored_mib
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DATA = int(os.environ.get("LIVEBACKUP_BENCH_MIB", "3072"))
+SCATTERED = max(1, DATA * 100 // 3072)
+TARGET = os.environ.get("CARGO_TARGET_DIR") or os.path.join(os.path.dirname(HERE), "target")
+PROGRAM = os.environ.get("LIVEBACKUP") or os.path.join(TARGET, "release", "livebackup")
+
+# ---- the measurements ------------------------------------------------------------------------------------------------
+class Bench:
+    def __init__(self, work, only):
+        self.work, self.only, self.results, self.notes = work, only, {}, []
+        self.state, self.server = ["--state", f"{work}/state", "--scratch", f"{work}/scratch"], None
+        os.makedirs(f"{work}/scratch")
+    def quiet(self, *argv):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(argv)}: exit {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+        return done.stdout
+    def record(self, what, payload, run):
+        """Calls `run`, which returns what it cost and the paths that it wrote. A failure is a line, not the end."""
+        if self.only and not any(w in what for w in self.only):
+            return None
+        os.sync()
+        others = Busy()
+        try:
+            cost, paths = run()
+        except RuntimeError as e:
+            print(f"  {what}: FAILED: {e}", flush=True)
+            self.notes.append(f"{what}: failed: {str(e).strip().splitlines()[-1]}")
+            return None
+        cost["others"] = others.others(cost["cpu"] + cost.get("qemu", 0) + cost.get("server", 0))
+        cost["flush"] = cost.get("flush", 0) + (0 if "livebackup" in what or "parent" in what else flush(paths))
+        cost.update(stored=stored_mib(paths), payload=payload, seconds=cost["wall"] + cost["flush"])
+        self.results.setdefault(what, []).append(cost)
+        print(f"  {what}: {cost['wall']:.2f} s + flush {cost['flush']:.2f} s, tool {cost['cpu']:.2f} CPU-s", flush=True)
+        return cost
+    def command(self, *commands, machine=None):
+        """Costs of one or more commands in turn, with QEMU's and the server's beside them."""
+        total = {"wall": 0.0, "cpu": 0.0, "rss": 0.0, "qemu": 0.0}
+        watched = {k: p for k, p in (("qemu", machine and machine.pid), ("server", self.server and self.server.pid)) if p}
+        before = {k: processor_seconds(p) for k, p in watched.items()}
+        if self.server:
+            open(f"/proc/{self.server.pid}/clear_refs", "w").write("5")
+        for argv in commands:
+            self.quiet(sys.executable, os.path.join(HERE, "measure.py"), f"{self.work}/cost", *argv)
+            cost = json.load(open(f"{self.work}/cost"))
+            total = {k: max(total[k], v) if k == "rss" else total[k] + v for k, v in {**cost, "qemu": 0}.items()}
+        total.update({k: processor_seconds(p) - before[k] for k, p in watched.items()})
+        if self.server:
+            total["server_rss"] = peak_mib(self.server.pid)
+        return total
+    def serve(self, machines):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        with open(f"{self.work}/serve.toml", "w") as f:
+            f.write(f'listen = "127.0.0.1:{self.port}"\nstate = "{self.work}/state"\n')
+            f.writelines(f'\n[[vm]]\nname = "{m.name}"\nmonitor = "qmp:{m.monitor}"\n' for m in machines)
+        log = open(f"{self.work}/serve.log", "a")
+        self.server = subprocess.Popen([PROGRAM, "serve", "--config", f"{self.work}/serve.toml"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        for _ in range(400):
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+    def end_serve(self):
+        if self.server:
+            self.server.terminate()
+            self.server.wait()
+        self.server = None
+    def backup(self, machine, repo, *options, tcp=False):
+        source = [f"livebackup://127.0.0.1:{self.port}/{machine.name}", repo] if tcp else [f"qmp:{machine.monitor}", repo, *self.state]
+        before = stored_mib([repo])
+        cost = self.command([PROGRAM, "--json", "backup", *source, *options], machine=machine)
+        return {**cost, "before": before}, [repo]
+
+def livebackup_full(b, machine, what, payload, options, tcp, keep=None):
+    repo = keep or f"{b.work}/repo"
+    shutil.rmtree(repo, ignore_errors=True)
+    b.quiet(PROGRAM, "init", repo)
+    if tcp:
+        b.serve([machine])
+    b.record(what, payload, lambda: b.backup(machine, repo, "--level", "full", *options, tcp=tcp))
+    b.end_serve()
+    if not keep:
+        shutil.rmtree(repo)
+
+def qemu_job(b, machine, what, payload, form, sync, options=(), **more):
+    """QEMU's own backup job of all disks onto fresh images."""
+    files = [f"{b.work}/job-{d}.{form}" for d, _, _ in machine.disks]
+    for path, (_, _, image) in zip(files, machine.disks):
+        size = json.loads(b.quiet("qemu-img", "info", "-U", "--output=json", image))["virtual-size"]
+        b.quiet("qemu-img", "create", "-q", "-f", form, *options, path, str(size))
+    b.record(what, payload, lambda: (machine.job(sync, [(form, f) for f in files], **more), files))
+    for path in files:
+        os.unlink(path)
+
+def copy_exports(b, machine, what, payload, argv):
+    path, files = f"{b.work}/nbd", [f"{b.work}/copy-{d}" for d, _, _ in machine.disks]
+    machine.nbd(path)
+    exports = [f"nbd+unix:///{d}?socket={path}" for d, _, _ in machine.disks]
+    b.record(what, payload, lambda: (b.command(*[[*argv, e, f] for e, f in zip(exports, files)], machine=machine), files))
+    machine.nbd(None)
+    for path in filter(os.path.exists, files):
+        os.unlink(path)
+
+def one_run(b, run, small, big, extents):
+    w, payload = b.work, DATA
+    full = f"{w}/full"  # kept: the source of restore and verify
+    ways = [
+        lambda: livebackup_full(b, small, "full, livebackup, none", payload, ["--compression", "none"], False),
+        lambda: qemu_job(b, small, "full, QEMU job to raw", payload, "raw", "full"),
+        lambda: livebackup_full(b, small, "full, livebackup, default", payload, [], False, full if run == 0 else None),
+        lambda: livebackup_full(b, small, "full, livebackup over TCP, none", payload, ["--compression", "none"], True),
+        lambda: livebackup_full(b, small, "full, livebackup over TCP, default", payload, [], True),
+        lambda: qemu_job(b, small, "full, QEMU job to qcow2 zstd", payload, "qcow2", "full", ("-o", "compression_type=zstd"), compress=True),
+        lambda: copy_exports(b, small, "full, nbdcopy to raw", payload, ["nbdcopy"]),
+        lambda: copy_exports(b, small, "full, qemu-img convert to raw", payload, ["qemu-img", "convert", "-W", "-f", "raw", "-O", "raw"]),
+    ]
+    for i in range(len(ways)):
+        ways[(i + 3 * run) % len(ways)]()
+
+    # Restore and verify: of a full that is as the disks were before any of the writes below.
+    references = [f"{w}/reference-{d}.qcow2" for d, _, _ in small.disks]
+    def restore():
+        shutil.rmtree(f"{w}/restored", ignore_errors=True)
+        b.record("restore, livebackup", payload, lambda: (b.command([PROGRAM, "restore", full, "bench@latest", f"{w}/restored", "--format", "raw"]), [f"{w}/restored"]))
+        if run == 0 and os.path.isdir(f"{w}/restored"):
+            for (device, _, _), reference in zip(small.disks, references):
+                b.quiet("qemu-img", "compare", "-f", "raw", "-F", "qcow2", f"{w}/restored/{device}.raw", reference)
+            print("  what was restored equals the disks", flush=True)
+        shutil.rmtree(f"{w}/restored", ignore_errors=True)
+    def convert():
+        files = [f"{w}/converted-{d}.raw" for d, _, _ in small.disks]
+        b.record("restore, qemu-img convert", payload, lambda: (b.command(*[["qemu-img", "convert", "-W", "-O", "raw", r, f] for r, f in zip(references, files)]), files))
+        for path in filter(os.path.exists, files):
+            os.unlink(path)
+    for way in (restore, convert) if run % 2 == 0 else (convert, restore):
+        way()
+    b.record("verify", payload, lambda: (b.command([PROGRAM, "verify", full]), []))
+
+    # Incrementals: everything sees the same writes. The repositories get their parents in the first run.
+    repos = {(m.name, tcp): f"{w}/{m.name}-{'tcp' if tcp else 'here'}" for m in (small, big) for tcp in (False, True)}
+    for (name, tcp), repo in repos.items():
+        if run == 0:
+            machine = big if name == big.name else small
+            b.quiet(PROGRAM, "init", repo)
+            if tcp:
+                b.serve([machine])
+            b.record(f"parent of incrementals, {name}, {'TCP' if tcp else 'here'}", DATA if machine is small else DATA * 2 // 3, lambda: b.backup(machine, repo, tcp=tcp))
+            b.end_serve()
+    for machine in (small, big):
+        for device, _, _ in machine.disks:
+            machine("block-dirty-bitmap-add", node=f"n{device}", name="bench", granularity=64 * KIB)
+        mine = extents[machine.name]
+        machine.scatter(run * 10 + len(mine), mine, SCATTERED)
+        where = "1 TiB" if machine is big else "4 + 2 GiB"
+        ways = []
+        if machine is small:
+            ways.append(lambda: qemu_job(b, small, "incremental, QEMU job to qcow2", SCATTERED, "qcow2", "bitmap", bitmap="bench", bitmap_mode="never"))
+        for tcp in (False, True):
+            def way(tcp=tcp, machine=machine):
+                if tcp:
+                    b.serve([machine])
+                b.record(f"incremental, livebackup{' over TCP' if tcp else ''}, {where}", SCATTERED, lambda: b.backup(machine, repos[machine.name, tcp], tcp=tcp))
+                b.end_serve()
+            ways.append(way)
+        for i in range(len(ways)):
+            ways[(i + run) % len(ways)]()
+        for device, _, _ in machine.disks:
+            machine("block-dirty-bitmap-remove", node=f"n{device}", name="bench")
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+def median(results, what, key):
+    values = [c[key] for c in results.get(what, []) if key in c]
+    return statistics.median(values) if values else None
+
+def total_cpu(cost):
+    return cost["cpu"] + cost.get("qemu", 0) + cost.get("server", 0)
+
+def table(results):
+    head = ("what", "seconds (min-max)", "of it flush", "MiB/s", "tool", "server", "QEMU", "CPU-s/GiB", "RSS", "server RSS", "stored")
+    rows = [head]
+    shown = lambda x, form="{:.2f}": "-" if x is None else form.format(x)
+    for what, costs in results.items():
+        m = lambda key: median(results, what, key)
+        seconds = [c["seconds"] for c in costs]
+        cpu = statistics.median(map(total_cpu, costs)) / (costs[0]["payload"] / 1024)
+        stored = statistics.median(c["stored"] - c.get("before", 0) for c in costs) if m("stored") else None
+        rows.append((what, f"{m('seconds'):.2f} ({min(seconds):.2f}-{max(seconds):.2f})", shown(m("flush")),
+                     shown(costs[0]["payload"] / m("seconds"), "{:.0f}"), shown(m("cpu")), shown(m("server")), shown(m("qemu")),
+                     shown(cpu), shown(m("rss") or None, "{:.0f}"), shown(m("server_rss"), "{:.0f}"), shown(stored, "{:.0f}")))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
+
+def bars(results, zstd_mib):
+    """Every bar as (met, words); None where something was not measured."""
+    out = []
+    def bar(words, value, limit, at_most=True, form="{:.2f}"):
+        met = None if value is None or limit is None else (value <= limit if at_most else value >= limit)
+        shown = "not measured" if met is None else f"{form.format(value)} ({'at most' if at_most else 'at least'} {form.format(limit)})"
+        out.append((met, f"{words}: {shown}"))
+    seconds = lambda what: median(results, what, "seconds")
+    def per_gib(what):
+        costs = results.get(what)
+        return statistics.median(map(total_cpu, costs)) / (costs[0]["payload"] / 1024) if costs else None
+    ratio = lambda above, below: above / below if above and below else None
+    job = "full, QEMU job to raw"
+    for over in ("", " over TCP"):
+        none, default = f"full, livebackup{over}, none", f"full, livebackup{over}, default"
+        bar(f"full, none{over}: CPU-s/GiB, QEMU's included", per_gib(none), 1.3)
+        bar(f"full, none{over}: rate beside QEMU's job", ratio(seconds(job), seconds(none)), 0.8, False)
+        bar(f"full, default{over}: CPU-s/GiB, QEMU's included", per_gib(default), 3.5)
+        bar(f"full, default{over}: MiB/s", ratio(DATA, seconds(default)), 300, False, "{:.0f}")
+        bar(f"full, default{over}: stored beside zstd -1", ratio(median(results, default, "stored"), zstd_mib), 1.05, form="{:.3f}")
+        one, tera = f"incremental, livebackup{over}, 4 + 2 GiB", f"incremental, livebackup{over}, 1 TiB"
+        bar(f"incremental{over}: seconds", seconds(one), 0.6)
+        bar(f"incremental{over}: CPU-s, QEMU's included", statistics.median(map(total_cpu, results[one])) if one in results else None, 0.5)
+        beside = ratio(seconds(one), seconds("incremental, QEMU job to qcow2"))
+        out.append((None, f"incremental{over}: seconds beside QEMU's job: {'not measured' if beside is None else f'{beside:.2f} times (no bar)'}"))
+        bar(f"incremental{over}: seconds more at 1 TiB", seconds(tera) - seconds(one) if seconds(tera) and seconds(one) else None, 1.0)
+    restore, convert = seconds("restore, livebackup"), seconds("restore, qemu-img convert")
+    bar("restore: MiB/s", ratio(DATA, restore), 400, False, "{:.0f}")
+    bar("restore: rate beside qemu-img convert", ratio(convert, restore), 1.0, False)
+    for key, who in (("rss", "client or tool"), ("server_rss", "server")):
+        peaks = [(c.get(key) or 0, what) for what, costs in results.items() for c in costs if "livebackup" in what or what == "verify"]
+        peak = max(peaks, default=(None, ""))
+        bar(f"peak RSS of any {who}, MiB ({peak[1]})", peak[0] or None, 200, form="{:.0f}")
+    return out
+
+def machine_text():
+    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
+    memory = next(int(l.split()[1]) // MIB for l in open("/proc/meminfo") if l.startswith("MemTotal"))
+    version = subprocess.run([QEMU, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return f"{os.cpu_count()} cores ({cpu}), {memory} GiB memory, Linux {platform.release()}, {version}"
+
+def write_report(bench, args, zstd_mib, load, began):
+    results = bench.results
+    lines = [f"Date: {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(began))}; {args.runs} runs in turn, medians; {DATA} MiB of data, {SCATTERED} MiB scattered.",
+             f"Machine: {machine_text()}.", f"Load average before: {load[0]:.2f}, after: {os.getloadavg()[0]:.2f}; "
+             f"other programs took {statistics.median([c['others'] for cs in results.values() for c in cs] or [0]):.2f} of {os.cpu_count()} cores (median).",
+             f"zstd -1 of all data in one stream: {'not measured (no zstd program)' if zstd_mib is None else f'{zstd_mib:.0f} MiB'}."]
+    met = bars(results, zstd_mib)
+    words = {True: "met    ", False: "NOT MET", None: "-      "}
+    body = "\n".join(lines) + "\n\n" + table(results) + "\n\n" + "\n".join(f"{words[m]}  {w}" for m, w in met)
+    body += "\n\nvirtnbdbackup was not run: it needs libvirt, which this does not install.\n" + "".join(f"{n}\n" for n in bench.notes)
+    print("\n" + body)
+    os.makedirs(args.out, exist_ok=True)
+    with open(f"{args.out}/throughput.json", "w") as f:
+        json.dump({"machine": machine_text(), "began": began, "data_mib": DATA, "zstd_mib": zstd_mib, "load": load, "results": results,
+                   "bars": [{"met": m, "bar": w} for m, w in met], "notes": bench.notes}, f, indent=1)
+    if not args.only:
+        with open(f"{HERE}/RESULTS.md", "w") as f:
+            f.write("# What the last `make bench-throughput` measured\n\nMeans of the columns and the bars: [README.md](README.md).\n\n```\n" + body + "```\n")
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=int(os.environ.get("RUNS", "3")))
+    parser.add_argument("--only", action="append", help="only what has this in its name (RESULTS.md stays as it is)")
+    parser.add_argument("--out", default=f"{TARGET}/bench", help="where throughput.json goes")
+    parser.add_argument("--keep", action="store_true", help="keep the working directory")
+    args = parser.parse_args()
+    if not os.access(PROGRAM, os.X_OK):
+        sys.exit(f"{PROGRAM} is missing: cargo build --release makes it")
+    began, load, machines = time.time(), os.getloadavg(), []
+    work = tempfile.mkdtemp(prefix="livebackup-bench-")
+    bench = Bench(work, args.only)
+    try:
+        if shutil.disk_usage(work).free < DATA * 8 * MIB:
+            sys.exit(f"{work} needs {DATA * 8 // 1024} GiB of room; TMPDIR names another place")
+        print(f"making {DATA} MiB of data twice in {work}", flush=True)
+        squeeze, sizes = Squeezed(), (DATA * 2 // 3, DATA - DATA * 2 // 3)
+        extents = {"bench": {f"vd{i}": make(f"{work}/vd{i}.raw", 2 * n * MIB, n, i, squeeze) for i, n in enumerate(sizes)}}
+        squeeze.end()
+        extents["big"] = {"vd0": make(f"{work}/big.raw", 1024 * GIB, sizes[0], 7, lambda data: None)}
+        for i in range(2):
+            bench.quiet("qemu-img", "convert", "-f", "raw", "-O", "qcow2", f"{work}/vd{i}.raw", f"{work}/reference-vd{i}.qcow2")
+        shutil.copyfile(f"{work}/reference-vd0.qcow2", f"{work}/vd0.qcow2")
+        os.unlink(f"{work}/vd0.raw")
+        for name, disks in (("bench", [("vd0", "qcow2", f"{work}/vd0.qcow2"), ("vd1", "raw", f"{work}/vd1.raw")]), ("big", [("vd0", "raw", f"{work}/big.raw")])):
+            machines.append(Machine(work, name, disks))
+        for run in range(args.runs):
+            print(f"run {run + 1} of {args.runs}, {time.time() - began:.0f} s", flush=True)
+            one_run(bench, run, *machines, extents)
+        write_report(bench, args, squeeze.mib, load, began)
+    finally:
+        bench.end_serve()
+        for machine in machines:
+            machine.end()
+        print(f"kept: {work}" if args.keep else f"{time.time() - began:.0f} s in all", flush=True)
+        if not args.keep:
+            shutil.rmtree(work)
+
+main()

@@ -1,0 +1,129 @@
+//! The manifest of what was stored, and its commit: what makes the point exist.
+
+use jiff::Timestamp;
+
+use crate::backup::plan::happened;
+use crate::backup::report::{DiskReport, Durations, Report};
+use crate::backup::transfer::Stored;
+use crate::backup::{BackupError, blocking};
+use crate::fault;
+use crate::machine::{FoundDisk, Verdict};
+use crate::repo::Repository;
+use crate::repo::point::{Grade, Manifest, PointDisk, PointFile, PointTotals, Taken};
+use crate::units::PointId;
+use crate::wire::message::{self, BegunDisk};
+
+/// Makes the point exist. Everything that it refers to is durable.
+pub async fn commit(repo: &Repository, stored: Stored) -> Result<Report, BackupError> {
+    let manifest = manifest(&stored)?;
+    let report = report(&stored, &manifest);
+    let repo = repo.clone();
+    blocking(move || repo.commit(&manifest)).await??;
+    fault::point("backup.committed");
+    let mut report = report;
+    report.durations.total_s = stored.head.clock.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+fn taken(taken: &message::Taken) -> Taken {
+    match taken {
+        message::Taken::Full { reason } => Taken::Full { reason: reason.clone() },
+        message::Taken::Incremental { since } => Taken::Incremental { since: *since },
+    }
+}
+
+fn is_whole(disk: &BegunDisk) -> bool {
+    matches!(disk.taken, message::Taken::Full { .. })
+}
+
+fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
+    let (head, begun) = (&stored.head, &stored.begun);
+    let of = |index: usize| {
+        let missing = || BackupError::Contradiction(format!("the writer does not know disk {index}"));
+        stored.finished.disks.get(index).copied().ok_or_else(missing)
+    };
+    let mut totals = PointTotals { stored_bytes: stored.finished.tree_bytes, ..PointTotals::default() };
+    let mut disks = Vec::with_capacity(begun.disks.len());
+    for (index, disk) in begun.disks.iter().enumerate() {
+        let finished = of(index)?;
+        let read_bytes = stored.received[index];
+        totals.size_bytes = totals.size_bytes.saturating_add(disk.disk.size_bytes);
+        totals.read_bytes = totals.read_bytes.saturating_add(read_bytes);
+        disks.push(PointDisk {
+            disk: disk.disk.clone(),
+            image: finished.image,
+            checkpoint: disk.checkpoint,
+            epoch: disk.epoch,
+            taken: taken(&disk.taken),
+            read_bytes,
+            stored_bytes: finished.stats.stored_bytes,
+        });
+    }
+    let mut files = Vec::with_capacity(stored.files.len());
+    for file in &stored.files {
+        files.push(PointFile { name: file.name.clone(), image: of(file.handle.0.into())?.image });
+    }
+    totals.stored_bytes += stored.finished.disks.iter().map(|d| d.stats.stored_bytes).sum::<u64>();
+    let level = happened(head.level, begun.disks.iter().map(is_whole));
+    let goes_on = !begun.disks.iter().all(is_whole);
+    Ok(Manifest {
+        id: PointId::random(),
+        vm: head.vm.clone(),
+        started: head.started,
+        instant: begun.instant,
+        finished: Timestamp::now(),
+        level,
+        parent: stored.parent.filter(|_| goes_on),
+        grade: Grade::Crash,
+        evidence: [("stopped_us".to_owned(), begun.stopped_us.into())].into(),
+        machine: begun.machine.clone(),
+        disks,
+        files,
+        left_out: begun.left_out.clone(),
+        totals,
+        livebackup: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+fn left_out(found: &FoundDisk) -> String {
+    let why = match &found.verdict {
+        Verdict::Protectable => "it was excluded",
+        Verdict::LeftOut(reason) | Verdict::NotProtectable(reason) => reason,
+    };
+    format!("{}: {why}", found.disk.name)
+}
+
+fn report(stored: &Stored, manifest: &Manifest) -> Report {
+    let of = |(disk, finished): (&PointDisk, &crate::repo::writer::FinishedDisk)| DiskReport {
+        disk: disk.disk.name.clone(),
+        size_bytes: disk.disk.size_bytes,
+        taken: disk.taken.clone(),
+        read_bytes: disk.read_bytes,
+        new_bytes: finished.stats.new_bytes,
+        stored_bytes: disk.stored_bytes,
+    };
+    let mut warnings = stored.totals.warnings.clone();
+    warnings.extend(stored.warnings.iter().cloned());
+    Report {
+        point: manifest.id,
+        vm: manifest.vm.clone(),
+        level: manifest.level,
+        parent: manifest.parent,
+        instant: manifest.instant,
+        disks: manifest.disks.iter().zip(&stored.finished.disks).map(of).collect(),
+        left_out: manifest.left_out.iter().map(left_out).collect(),
+        size_bytes: manifest.totals.size_bytes,
+        read_bytes: manifest.totals.read_bytes,
+        new_bytes: stored.finished.disks.iter().map(|d| d.stats.new_bytes).sum(),
+        stored_bytes: manifest.totals.stored_bytes,
+        scratch_peak_bytes: stored.totals.scratch_peak_bytes,
+        durations: Durations {
+            prepare_s: stored.head.prepared.as_secs_f64(),
+            stopped_s: stored.begun.stopped_us as f64 / 1e6,
+            transfer_s: stored.transfer.as_secs_f64(),
+            store_s: stored.store.as_secs_f64(),
+            total_s: 0.0,
+        },
+        warnings,
+    }
+}

@@ -1,0 +1,89 @@
+//! Sidecar: who has the VM, in this process or at the other end of a connection.
+
+use crate::machine::{FoundDisk, Machine};
+use crate::vm::Vm;
+use crate::wire::Client;
+use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus};
+
+/// Who has the VM.
+#[derive(Debug)]
+pub enum Sidecar {
+    /// This process.
+    Local(Vm),
+    /// A `livebackup serve`, and the VM's name there.
+    Remote(Box<Client>, String),
+}
+
+fn odd(request: &str) -> Failure {
+    Failure::new(FailureCode::Protocol, format!("the server answered something else to {request}"))
+}
+
+impl Sidecar {
+    /// The VM's name: under it the points are kept.
+    pub fn vm(&self) -> &str {
+        match self {
+            Self::Local(vm) => vm.name(),
+            Self::Remote(_, vm) => vm,
+        }
+    }
+
+    /// The VM, when this process has it.
+    pub fn here(&self) -> Option<Vm> {
+        match self {
+            Self::Local(vm) => Some(vm.clone()),
+            Self::Remote(..) => None,
+        }
+    }
+
+    /// The VM's definition and all its guest block devices.
+    pub async fn disks(&mut self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
+        match self {
+            Self::Local(vm) => vm.disks().await,
+            Self::Remote(client, vm) => match client.request(Request::Disks { vm: vm.clone() }).await? {
+                Reply::Disks { machine, disks } => Ok((machine, disks)),
+                _ => Err(odd("`disks`")),
+            },
+        }
+    }
+
+    /// What a backup would read.
+    pub async fn estimate(&mut self, begin: Begin) -> Result<Vec<Estimated>, Failure> {
+        match self {
+            Self::Local(vm) => vm.estimate(begin).await,
+            Self::Remote(client, _) => match client.request(Request::Estimate(begin)).await? {
+                Reply::Estimate { disks } => Ok(disks),
+                _ => Err(odd("`estimate`")),
+            },
+        }
+    }
+
+    /// State of the VM.
+    pub async fn status(&mut self) -> Result<VmStatus, Failure> {
+        match self {
+            Self::Local(vm) => Ok(vm.status().await),
+            Self::Remote(client, vm) => match client.request(Request::Status { vm: Some(vm.clone()) }).await? {
+                Reply::Status { vms } => vms.into_iter().next().ok_or_else(|| odd("`status`")),
+                _ => Err(odd("`status`")),
+            },
+        }
+    }
+
+    /// Removes all that a sidecar put into the VM. Says what that was.
+    pub async fn detach(&mut self) -> Result<Vec<String>, Failure> {
+        match self {
+            Self::Local(vm) => vm.detach().await,
+            Self::Remote(client, vm) => match client.request(Request::Detach { vm: vm.clone() }).await? {
+                Reply::Detached { removed } => Ok(removed),
+                _ => Err(odd("`detach`")),
+            },
+        }
+    }
+
+    /// Opens a session.
+    pub async fn begin(self, begin: Begin) -> Result<Session, Failure> {
+        match self {
+            Self::Local(vm) => vm.begin(begin).await,
+            Self::Remote(client, _) => client.begin(begin).await,
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Transfer: from a session's events to durable packs.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
+
+use crate::backup::files::{self, KeptFile};
+use crate::backup::plan::{LevelChoice, Plan};
+use crate::backup::report::{Phase, Progress};
+use crate::backup::{BackupError, blocking};
+use crate::extent::Extent;
+use crate::fault;
+use crate::repo::writer::{DiskHandle, Durable, Finished};
+use crate::repo::{Compression, Repository, Writer, WriterOptions};
+use crate::units::PointId;
+use crate::wire::frame::MAX_ACK_EXTENTS;
+use crate::wire::message::{Ack, Begun, Event, Failure, Session, Taken, Totals};
+
+/// What the manifest says about the run itself.
+#[derive(Debug)]
+pub struct Head {
+    pub vm: String,
+    pub started: Timestamp,
+    pub level: LevelChoice,
+    pub prepared: Duration,
+    pub clock: Instant,
+}
+
+impl Default for Head {
+    fn default() -> Self {
+        Self {
+            vm: String::new(),
+            started: Timestamp::UNIX_EPOCH,
+            level: LevelChoice::Auto,
+            prepared: Duration::ZERO,
+            clock: Instant::now(),
+        }
+    }
+}
+
+/// All that is durable, and only lacks its manifest.
+#[derive(Debug)]
+pub struct Stored {
+    pub head: Head,
+    pub parent: Option<PointId>,
+    pub begun: Begun,
+    pub received: Vec<u64>,
+    pub finished: Finished,
+    pub files: Vec<KeptFile>,
+    pub totals: Totals,
+    pub warnings: Vec<String>,
+    pub transfer: Duration,
+    pub store: Duration,
+}
+
+/// A writer that is dropped where it may block: its threads are waited for.
+pub struct OpenWriter(Option<Writer>);
+
+impl OpenWriter {
+    fn get(&self) -> Result<&Writer, BackupError> {
+        self.0.as_ref().ok_or(BackupError::Panicked)
+    }
+
+    async fn finish(mut self) -> Result<Finished, BackupError> {
+        let writer = self.0.take().ok_or(BackupError::Panicked)?;
+        Ok(blocking(move || writer.finish()).await??)
+    }
+}
+
+impl Drop for OpenWriter {
+    fn drop(&mut self) {
+        if let Some(writer) = self.0.take() {
+            tokio::task::spawn_blocking(move || drop(writer));
+        }
+    }
+}
+
+pub async fn open_writer(repo: &Repository, compression: Compression) -> Result<OpenWriter, BackupError> {
+    let repo = repo.clone();
+    let options = WriterOptions { compression, ..WriterOptions::default() };
+    Ok(OpenWriter(Some(blocking(move || repo.writer(options)).await??)))
+}
+
+/// Stores what the session sends. Dropping it drops the session.
+pub async fn run(
+    session: Session,
+    mut writer: OpenWriter,
+    plan: &Plan,
+    chunk_bytes: u32,
+    keeps_files: bool,
+    progress: &mut impl FnMut(Progress),
+) -> Result<Stored, BackupError> {
+    let clock = Instant::now();
+    let Session { begun, mut events, acks } = session;
+    let durable = writer.0.as_mut().and_then(Writer::take_durable).ok_or(BackupError::Panicked)?;
+    add_disks(writer.get()?, &begun, plan, chunk_bytes)?;
+    let disks = begun.disks.len();
+
+    let work = async {
+        let data = receive(&mut events, writer.get()?, &begun, progress);
+        let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
+        let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
+        let (received, (files, warnings)) = tokio::try_join!(data, kept)?;
+        fault::point("backup.sent");
+        let transfer = clock.elapsed();
+        // The rest is stored while the sidecar closes the fleece.
+        let (finished, totals) = tokio::try_join!(writer.finish(), end(&mut events))?;
+        let store = clock.elapsed() - transfer;
+        Ok::<_, BackupError>((received, files, warnings, finished, totals, transfer, store))
+    };
+    let (received, files, warnings, finished, totals, transfer, store) = tokio::select! {
+        done = work => done,
+        () = acknowledge(durable, &acks, disks) => Err(BackupError::Panicked),
+    }?;
+    let (head, parent) = (Head::default(), plan.parent);
+    Ok(Stored { head, parent, begun, received, finished, files, totals, warnings, transfer, store })
+}
+
+/// Adds the session's disks to the writer, in order: a handle is the disk's index.
+fn add_disks(writer: &Writer, begun: &Begun, plan: &Plan, chunk_bytes: u32) -> Result<(), BackupError> {
+    for (index, taken) in begun.disks.iter().enumerate() {
+        let disk = &taken.disk;
+        let base = match &taken.taken {
+            Taken::Full { .. } => None,
+            Taken::Incremental { since } => match plan.bases.get(&disk.name) {
+                Some(base) if base.checkpoint == *since => Some(base.image),
+                _ => {
+                    let what = format!("disk {:?} was sent since {since}, which nobody asked for", disk.name);
+                    return Err(BackupError::Contradiction(what));
+                }
+            },
+        };
+        let handle = writer.disk(disk.size_bytes, chunk_bytes, base)?;
+        if usize::from(handle.0) != index {
+            return Err(BackupError::Contradiction(format!("disk {index} became number {}", handle.0)));
+        }
+    }
+    Ok(())
+}
+
+/// Stores data until the session says that all was sent. Gives the bytes received of each disk.
+async fn receive(
+    events: &mut Receiver<Result<Event, Failure>>,
+    writer: &Writer,
+    begun: &Begun,
+    progress: &mut impl FnMut(Progress),
+) -> Result<Vec<u64>, BackupError> {
+    let mut received = vec![0; begun.disks.len()];
+    let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).fold(0, u64::saturating_add);
+    let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
+    progress(so_far);
+    loop {
+        let (disk, len_bytes) = match next(events).await? {
+            Event::Data { disk, offset_bytes, bytes } => {
+                let len = bytes.len() as u64;
+                writer.put(DiskHandle(known(disk, &received)?), offset_bytes, bytes).await?;
+                (disk, len)
+            }
+            Event::Zero { disk, extent } => {
+                writer.zero(DiskHandle(known(disk, &received)?), extent).await?;
+                (disk, extent.len_bytes)
+            }
+            Event::Sent => break,
+            Event::End(_) => {
+                return Err(BackupError::Contradiction("the session ended before all was sent".to_owned()));
+            }
+        };
+        received[usize::from(disk)] += len_bytes;
+        so_far.received_bytes += len_bytes;
+        progress(so_far);
+    }
+    progress(Progress { phase: Phase::Store, ..so_far });
+    for (begun, received) in begun.disks.iter().zip(&received) {
+        if begun.needed_bytes != *received {
+            return Err(BackupError::Contradiction(format!(
+                "disk {} should have brought {} bytes, and brought {received}",
+                begun.disk.name, begun.needed_bytes
+            )));
+        }
+    }
+    Ok(received)
+}
+
+/// A disk of the session, and none of the files that are stored beside them.
+fn known(disk: u16, received: &[u64]) -> Result<u16, BackupError> {
+    match usize::from(disk) < received.len() {
+        true => Ok(disk),
+        false => Err(BackupError::Contradiction(format!("it sent disk {disk} of {}", received.len()))),
+    }
+}
+
+async fn next(events: &mut Receiver<Result<Event, Failure>>) -> Result<Event, BackupError> {
+    let event = events.recv().await.ok_or(BackupError::Unfinished)?;
+    Ok(event?)
+}
+
+/// Waits for the end of a session that has sent all.
+async fn end(events: &mut Receiver<Result<Event, Failure>>) -> Result<Totals, BackupError> {
+    match next(events).await? {
+        Event::End(totals) => Ok(totals),
+        _ => Err(BackupError::Contradiction("it sent more after all was sent".to_owned())),
+    }
+}
+
+/// Tells the sidecar what is durable. Never returns.
+async fn acknowledge(mut durable: UnboundedReceiver<Durable>, acks: &UnboundedSender<Ack>, disks: usize) {
+    let mut batch = Vec::new();
+    while durable.recv_many(&mut batch, MAX_ACK_EXTENTS).await > 0 {
+        for ack in merge(&mut batch, disks) {
+            // Whoever is not there any more has no fleece to keep small; the events say why.
+            let _ = acks.send(ack);
+        }
+    }
+    std::future::pending().await
+}
+
+/// As few acknowledgements as hold all of the batch: extents of a disk in order, neighbours as one.
+fn merge(batch: &mut Vec<Durable>, disks: usize) -> Vec<Ack> {
+    let mut extents: Vec<(u16, Extent)> = Vec::new();
+    for (DiskHandle(disk), some) in batch.drain(..).filter(|(handle, _)| usize::from(handle.0) < disks) {
+        extents.extend(some.into_iter().filter(|e| e.len_bytes > 0).map(|extent| (disk, extent)));
+    }
+    extents.sort_unstable();
+    let mut acks: Vec<Ack> = Vec::new();
+    for (disk, extent) in extents {
+        if let Some(ack) = acks.last_mut().filter(|ack| ack.disk == disk) {
+            if let Some(last) = ack.extents.last_mut().filter(|last| last.end() == extent.offset_bytes) {
+                last.len_bytes += extent.len_bytes;
+                continue;
+            }
+            if ack.extents.len() < MAX_ACK_EXTENTS {
+                ack.extents.push(extent);
+                continue;
+            }
+        }
+        acks.push(Ack { disk, extents: vec![extent] });
+    }
+    acks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acknowledgements_are_few_and_bounded() {
+        let chunk = |n: u64| Extent::new(n * 65536, 65536);
+        let mut batch = vec![
+            (DiskHandle(1), vec![chunk(3)]),
+            (DiskHandle(0), vec![chunk(1), chunk(2)]),
+            (DiskHandle(0), vec![chunk(0)]),
+            (DiskHandle(2), vec![chunk(0)]),
+        ];
+        let acks = merge(&mut batch, 2);
+        assert_eq!(
+            acks,
+            [Ack { disk: 0, extents: vec![Extent::new(0, 3 * 65536)] }, Ack { disk: 1, extents: vec![chunk(3)] },]
+        );
+        assert!(batch.is_empty());
+        let scattered = (0..2 * MAX_ACK_EXTENTS as u64 + 1).map(|n| chunk(2 * n)).collect();
+        let acks = merge(&mut vec![(DiskHandle(0), scattered)], 1);
+        assert_eq!(acks.iter().map(|a| a.extents.len()).collect::<Vec<_>>(), [MAX_ACK_EXTENTS, MAX_ACK_EXTENTS, 1]);
+    }
+}

@@ -1,0 +1,18 @@
+//! Checkpoints: what was written to a disk between two instants, and the sealed log that remembers it.
+//!
+//! - [`bitmap`]: which granules were written, in memory.
+//! - [`mod@format`]: one checkpoint in one file, byte for byte.
+//! - [`log`]: the files of one disk, the running epoch, and the answer to "what changed since?".
+
+pub mod bitmap;
+mod epoch;
+mod error;
+pub mod format;
+pub mod log;
+mod open;
+
+pub use bitmap::{Bitmap, SizeMismatch};
+pub use epoch::{Epoch, EpochEnd, QemuInstance};
+pub use error::{LogError, NotInLog};
+pub use format::{FormatError, Header};
+pub use log::{Damaged, EpochStart, Log, Sealed};

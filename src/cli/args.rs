@@ -1,0 +1,114 @@
+//! The arguments: commands in the order in which one meets them.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use super::{
+    backup, detach, disks, doctor, estimate, exit, guardian, init, points, restore, serve, show, status, verify,
+};
+use crate::vm;
+
+/// Live backup of QEMU virtual machines: incremental, consistent, verifiable, on an unmodified QEMU.
+#[derive(Debug, Parser)]
+#[command(version, after_help = help(), max_term_width = 110, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Where livebackup keeps what it knows of VMs [default: /var/lib/livebackup, or the XDG state home when not root].
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Global options")]
+    pub state: Option<PathBuf>,
+    /// Where the guest's old data lies while a backup runs; a local file system [default: in the state directory].
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Global options")]
+    pub scratch: Option<PathBuf>,
+    /// Most scratch that a backup may use; beyond it the backup fails and the guest goes on.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = super::values::size, help_heading = "Global options")]
+    pub scratch_budget: Option<u64>,
+    /// Print results, errors and progress as JSON.
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+    /// Print only what was asked for, and errors.
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub quiet: bool,
+    /// Say more on standard error; twice: everything.
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global options")]
+    pub verbose: u8,
+    /// How a disk is read.
+    #[arg(long, global = true, hide = true, value_enum, default_value_t = TransportName::Auto)]
+    pub transport: TransportName,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TransportName {
+    Auto,
+    Vhost,
+    Nbd,
+}
+
+impl From<TransportName> for vm::Transport {
+    fn from(name: TransportName) -> Self {
+        match name {
+            TransportName::Auto => Self::Auto,
+            TransportName::Vhost => Self::Vhost,
+            TransportName::Nbd => Self::Nbd,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a repository
+    Init(init::InitArgs),
+    /// List the disks of a VM, and what a backup does with each
+    Disks(disks::DisksArgs),
+    /// Back up a VM into a repository
+    Backup(backup::BackupArgs),
+    /// Say what a backup would read; changes nothing
+    Estimate(estimate::EstimateArgs),
+    /// List the restore points of a repository
+    Points(points::PointsArgs),
+    /// Show a restore point
+    Show(show::ShowArgs),
+    /// Read restore points again and compare them with their digests
+    Verify(verify::VerifyArgs),
+    /// Restore the disks of a restore point
+    Restore(restore::RestoreArgs),
+    /// Serve VMs to backup clients
+    Serve(serve::ServeArgs),
+    /// Show a VM's tracking, and its running backup
+    Status(status::StatusArgs),
+    /// Check what a backup needs, on this host and in a VM
+    Doctor(doctor::DoctorArgs),
+    /// Remove all that livebackup put into a VM; the next backup is a full one
+    Detach(detach::DetachArgs),
+    /// Owes a guest its thaw if the sidecar dies
+    #[command(hide = true)]
+    Guardian(guardian::GuardianArgs),
+}
+
+/// A VM.
+#[derive(Debug, Args)]
+pub struct SourceArgs {
+    /// The VM: qmp:PATH, qmp:HOST:PORT, livebackup://HOST:PORT/VM or unix:PATH/VM.
+    pub source: String,
+    /// Name of the VM, when QEMU has neither -name nor a UUID, or another is wanted.
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+}
+
+fn help() -> String {
+    let mut text = "SOURCE  qmp:PATH | qmp:HOST:PORT | livebackup://HOST:PORT/VM | unix:PATH/VM\n\
+        REPO    a directory\n\
+        POINT   latest | latest~N | ID | the start of a point's time (RFC 3339)\n\nExit codes:\n"
+        .to_owned();
+    for code in exit::Code::ALL {
+        text += &format!("  {:>3}  {}\n", code.number(), code.words());
+    }
+    text
+}

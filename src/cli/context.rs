@@ -1,0 +1,81 @@
+//! Context: what every command gets.
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use tokio::sync::watch;
+
+use super::args::Global;
+use super::exit;
+use super::output::Output;
+use crate::vm::{Transport, VmOptions};
+
+/// What every command gets.
+#[derive(Debug)]
+pub struct Context {
+    pub output: Output,
+    pub state: PathBuf,
+    pub scratch: Option<PathBuf>,
+    pub interrupted: watch::Receiver<bool>,
+    scratch_budget_bytes: Option<u64>,
+    transport: Transport,
+}
+
+impl Context {
+    pub fn new(global: &Global, output: Output, interrupted: watch::Receiver<bool>) -> anyhow::Result<Self> {
+        let state = match &global.state {
+            Some(dir) => dir.clone(),
+            None => default_state()?,
+        };
+        Ok(Self {
+            output,
+            // The program may change its directory, and QEMU has another.
+            state: std::path::absolute(state)?,
+            scratch: global.scratch.as_ref().map(std::path::absolute).transpose()?,
+            interrupted,
+            scratch_budget_bytes: global.scratch_budget,
+            transport: global.transport.into(),
+        })
+    }
+
+    /// How to attach to a VM.
+    pub fn vm_options(&self, name: Option<String>) -> VmOptions {
+        VmOptions {
+            state: self.state.clone(),
+            scratch: self.scratch.clone(),
+            scratch_budget_bytes: self.scratch_budget_bytes,
+            name,
+            transport: self.transport,
+            served_at: None,
+        }
+    }
+
+    /// Does something until the user stops it.
+    pub async fn unless_interrupted<T, E: Into<anyhow::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> anyhow::Result<T> {
+        tokio::select! {
+            biased;
+            () = self.asked_to_stop() => Err(exit::interrupted("interrupted")),
+            done = work => done.map_err(Into::into),
+        }
+    }
+
+    /// Waits until the user wants to stop.
+    pub async fn asked_to_stop(&self) {
+        if self.interrupted.clone().wait_for(|stop| *stop).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn default_state() -> anyhow::Result<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/livebackup"));
+    }
+    let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let base = dir("XDG_STATE_HOME").or_else(|| Some(dir("HOME")?.join(".local/state")));
+    let base = base.ok_or_else(|| exit::usage("there is no home directory to keep state in: give --state DIR"))?;
+    Ok(base.join("livebackup"))
+}

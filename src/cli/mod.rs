@@ -1,0 +1,90 @@
+//! The command line: one file per command. A command asks an engine, builds a report, and hands it to [`output`], which
+//! prints text or JSON; what went wrong becomes an exit code in [`exit`], once.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod args;
+mod backup;
+mod context;
+mod detach;
+mod disks;
+mod doctor;
+mod estimate;
+mod exit;
+mod guardian;
+mod host;
+mod init;
+mod logging;
+mod open;
+mod output;
+mod points;
+mod progress;
+mod repository;
+mod restore;
+mod serve;
+mod show;
+mod signals;
+mod source;
+mod status;
+mod table;
+mod values;
+mod verify;
+
+use args::{Cli, Command};
+use context::Context;
+use exit::Code;
+use output::Output;
+
+/// Runs the program: reads the arguments, does what they say, prints what came of it.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
+    let output = Output { json: cli.global.json, quiet: cli.global.quiet };
+    logging::start(&cli.global, matches!(cli.command, Command::Serve(_)));
+    let code = run(cli, output).unwrap_or_else(|error| output.error(&error));
+    code.into()
+}
+
+/// Arguments that mean nothing, or a demand for help.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let wants_json = error.use_stderr() && std::env::args_os().any(|arg| arg == "--json");
+    if wants_json {
+        let output = Output { json: true, quiet: false };
+        return output.error(&exit::usage(error.to_string().trim_end())).into();
+    }
+    // A closed standard output is nobody's loss.
+    let _ = error.print();
+    if error.use_stderr() { Code::Usage.into() } else { Code::Good.into() }
+}
+
+fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
+    if let Command::Guardian(args) = &cli.command {
+        return guardian::run(args);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let done = runtime.block_on(async {
+        let context = Context::new(&cli.global, output, signals::watch()?)?;
+        match cli.command {
+            Command::Init(args) => init::run(&context, &args),
+            Command::Disks(args) => disks::run(&context, &args).await,
+            Command::Backup(args) => backup::run(&context, &args).await,
+            Command::Estimate(args) => estimate::run(&context, &args).await,
+            Command::Points(args) => points::run(&context, &args),
+            Command::Show(args) => show::run(&context, &args),
+            Command::Verify(args) => verify::run(&context, &args).await,
+            Command::Restore(args) => restore::run(&context, &args).await,
+            Command::Serve(args) => serve::run(&context, &args).await,
+            Command::Status(args) => status::run(&context, &args).await,
+            Command::Doctor(args) => doctor::run(&context, &args).await,
+            Command::Detach(args) => detach::run(&context, &args).await,
+            Command::Guardian(_) => Ok(Code::Good),
+        }
+    });
+    // A thread that reads for a verification that was interrupted is not waited for; nothing depends on it.
+    runtime.shutdown_background();
+    done
+}

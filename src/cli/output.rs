@@ -1,0 +1,94 @@
+//! Output: the one place that prints. A report is anything that can be serialized and shown as text.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::exit::{self, Code};
+
+/// How to print.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// JSON instead of text.
+    pub json: bool,
+    /// Only what was asked for.
+    pub quiet: bool,
+}
+
+#[derive(Serialize)]
+struct ErrorReport<'a> {
+    error: ErrorBody<'a>,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    code: &'a str,
+    message: String,
+}
+
+/// Prints a line; nobody may be reading any more, as behind `| head`.
+fn line(mut to: impl Write, text: impl Display) {
+    let _ = writeln!(to, "{text}").and_then(|()| to.flush());
+}
+
+impl Output {
+    /// Prints what was asked for.
+    pub fn print(&self, report: &(impl Serialize + Display)) {
+        match self.json {
+            true => self.json_line(report),
+            false => line(io::stdout().lock(), report.to_string().trim_end_matches('\n')),
+        }
+    }
+
+    /// Prints what was done: not with `--quiet`.
+    pub fn done(&self, report: &(impl Serialize + Display)) {
+        if self.json || !self.quiet {
+            self.print(report);
+        }
+    }
+
+    fn json_line(&self, report: &impl Serialize) {
+        match serde_json::to_string(report) {
+            Ok(text) => line(io::stdout().lock(), text),
+            Err(error) => line(io::stderr().lock(), format_args!("livebackup: the report is no JSON: {error}")),
+        }
+    }
+
+    /// Prints an error, and gives the code to end with.
+    pub fn error(&self, error: &anyhow::Error) -> Code {
+        let code = exit::code(error);
+        let message = message(error);
+        match self.json {
+            true => self.json_line(&ErrorReport { error: ErrorBody { code: code.name(), message } }),
+            false => line(io::stderr().lock(), format_args!("livebackup: {message}")),
+        }
+        code
+    }
+}
+
+/// The error with its causes, each said once: many errors have their cause's words in their own.
+pub fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain() {
+        let words = cause.to_string();
+        if message.is_empty() {
+            message = words;
+        } else if !message.contains(&words) {
+            message = format!("{message}: {words}");
+        }
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        let inner = anyhow::anyhow!("permission denied");
+        let error = inner.context("cannot open /x: permission denied").context("cannot verify");
+        assert_eq!(message(&error), "cannot verify: cannot open /x: permission denied");
+    }
+}

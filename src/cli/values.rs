@@ -1,0 +1,64 @@
+//! Values of options: sizes, compression, levels.
+
+use crate::backup::LevelChoice;
+use crate::repo::Compression;
+use crate::units::{GIB, KIB, MIB};
+
+/// A byte count: `65536`, `64K`, `64KiB`, `1M`, `2G`, `1T`.
+pub fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let number: u64 = digits.parse().map_err(|_| "a size is a number with K, M, G or T, like 64K".to_owned())?;
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => KIB,
+        "m" | "mib" => MIB,
+        "g" | "gib" => GIB,
+        "t" | "tib" => 1024 * GIB,
+        _ => return Err("a size is a number with K, M, G or T (powers of 1024), like 64K".to_owned()),
+    };
+    number.checked_mul(unit).ok_or_else(|| "this size is too large".to_owned())
+}
+
+/// `none`, `zstd` or `zstd:LEVEL`.
+pub fn compression(text: &str) -> Result<Compression, String> {
+    let wrong = || "compression is none, zstd or zstd:LEVEL with a level from 1 to 19".to_owned();
+    match text.split_once(':') {
+        None if text == "none" => Ok(Compression::None),
+        None if text == "zstd" => Ok(Compression::Zstd(1)),
+        Some(("zstd", level)) => match level.parse() {
+            Ok(level) if (1..=19).contains(&level) => Ok(Compression::Zstd(level)),
+            _ => Err(wrong()),
+        },
+        _ => Err(wrong()),
+    }
+}
+
+/// The level of a backup.
+pub fn level(text: &str) -> Result<LevelChoice, String> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("0", 0), ("65536", 65536), ("64K", 65536), ("1MiB", MIB), ("2g", 2 * GIB)] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "K", "1X", "-1", "1.5G", "16777216T", "1é"] {
+            assert!(size(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn compressions() {
+        assert_eq!(compression("none"), Ok(Compression::None));
+        assert_eq!(compression("zstd"), Ok(Compression::Zstd(1)));
+        assert_eq!(compression("zstd:19"), Ok(Compression::Zstd(19)));
+        for bad in ["", "zstd:", "zstd:0", "zstd:20", "gzip", "none:1"] {
+            assert!(compression(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The `livebackup` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    livebackup::cli::main()
+}

@@ -1,0 +1,156 @@
+//! The virtual machine's definition, as QEMU and its process tell it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{Monitor, MonitorError};
+use crate::machine::Machine;
+
+/// QEMU's answer for a machine without a UUID.
+const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
+/// Options whose file the machine cannot start without.
+const BOOT_OPTIONS: [&str; 3] = ["kernel", "initrd", "bios"];
+
+/// Asks for the machine's definition: five commands, a few milliseconds. The command line and the boot files are empty
+/// where QEMU's process cannot be seen.
+///
+/// # Errors
+///
+/// As [`Monitor::raw`].
+pub async fn machine(monitor: &Monitor) -> Result<Machine, MonitorError> {
+    let name = monitor.raw("query-name", Value::Null).await?;
+    let uuid = monitor.raw("query-uuid", Value::Null).await?;
+    let target = monitor.raw("query-target", Value::Null).await?;
+    let version = monitor.raw("query-version", Value::Null).await?;
+    let machine_type = match monitor.raw("qom-get", json!({"path": "/machine", "property": "type"})).await {
+        Ok(value) => value.as_str().map(|t| t.strip_suffix("-machine").unwrap_or(t).to_owned()),
+        Err(e) if e.refusal().is_some() => None,
+        Err(e) => return Err(e),
+    };
+    let text = |value: &Value, member: &str| value.get(member).and_then(Value::as_str).map(str::to_owned);
+    let number = |member: &str| version["qemu"][member].as_u64().unwrap_or(0);
+    let pid = monitor.peer_process().filter(|p| p.is_alive()).map(|p| p.pid);
+    let arguments = pid.map(command_line).unwrap_or_default();
+    let cwd = pid.and_then(|pid| fs::read_link(format!("/proc/{pid}/cwd")).ok());
+    Ok(Machine {
+        name: text(&name, "name").filter(|n| !n.is_empty()),
+        uuid: text(&uuid, "UUID").filter(|u| u != NO_UUID),
+        qemu_version: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
+        target: text(&target, "arch").unwrap_or_default(),
+        machine_type,
+        boot_files: boot_files(&arguments, cwd.as_deref()),
+        command_line: arguments.iter().map(|a| without_secret(a)).collect(),
+    })
+}
+
+/// QEMU's run state: `running`, `paused`, `prelaunch`, `io-error`, `shutdown`, … (`RunState` in `qapi/run-state.json`).
+///
+/// # Errors
+///
+/// As [`Monitor::raw`].
+pub async fn run_state(monitor: &Monitor) -> Result<String, MonitorError> {
+    let status = monitor.raw("query-status", Value::Null).await?;
+    status
+        .get("status")
+        .and_then(Value::as_str)
+        .map(str::to_owned)
+        .ok_or_else(|| MonitorError::Reply { command: "query-status".into(), reason: format!("no status in {status}") })
+}
+
+/// The arguments of a process. A byte that is not UTF-8 becomes U+FFFD.
+fn command_line(pid: i32) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let Some(bytes) = bytes.strip_suffix(b"\0") else { return vec![] };
+    bytes.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect()
+}
+
+/// Files that the machine boots from. A relative path is taken from QEMU's working directory where it is there;
+/// firmware that is not is a part of QEMU's installation, and left out.
+fn boot_files(arguments: &[String], cwd: Option<&Path>) -> Vec<String> {
+    let option = |text: &str| {
+        let name = text.strip_prefix("--").or_else(|| text.strip_prefix('-'))?;
+        BOOT_OPTIONS.into_iter().find(|o| *o == name)
+    };
+    let mut files = vec![];
+    let mut rest = arguments.iter().skip(1);
+    while let Some(argument) = rest.next() {
+        let Some(name) = option(argument) else { continue };
+        let Some(value) = rest.next() else { break };
+        let path = cwd.map_or_else(|| PathBuf::from(value), |cwd| cwd.join(value));
+        if path.is_absolute() && path.exists() {
+            files.push(path.to_string_lossy().into_owned());
+        } else if name != "bios" || value.contains('/') {
+            files.push(value.clone());
+        }
+    }
+    files
+}
+
+/// An argument without the plain text of a secret (`-object secret,id=…,data=…`): restore points keep command lines.
+fn without_secret(argument: &str) -> String {
+    const REMOVED: &str = "REMOVED";
+    if let Ok(Value::Object(mut object)) = serde_json::from_str(argument) {
+        if object.get("qom-type").is_some_and(|t| t == "secret") && object.contains_key("data") {
+            object.insert("data".into(), json!(REMOVED));
+            return Value::Object(object).to_string();
+        }
+        return argument.to_owned();
+    }
+    let kind = argument.split(',').next().unwrap_or("");
+    if !matches!(kind, "secret" | "qom-type=secret") {
+        return argument.to_owned();
+    }
+    let mut kept = vec![];
+    let mut in_data = false;
+    // A doubled comma stands for one: what follows it still belongs to the value.
+    let mut pieces = argument.split(',').peekable();
+    while let Some(piece) = pieces.next() {
+        if in_data && piece.is_empty() {
+            pieces.next();
+            continue;
+        }
+        in_data = piece.starts_with("data=");
+        kept.push(if in_data { format!("data={REMOVED}") } else { piece.to_owned() });
+    }
+    kept.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_taken_out_and_nothing_else() {
+        for (before, after) in [
+            ("secret,id=s0,data=letmein", "secret,id=s0,data=REMOVED"),
+            ("secret,data=let,,me,,in,id=s0", "secret,data=REMOVED,id=s0"),
+            ("qom-type=secret,id=s0,data=x,format=raw", "qom-type=secret,id=s0,data=REMOVED,format=raw"),
+            ("secret,id=s0,file=/etc/key", "secret,id=s0,file=/etc/key"),
+            (r#"{"qom-type":"secret","id":"s0","data":"x"}"#, r#"{"data":"REMOVED","id":"s0","qom-type":"secret"}"#),
+            (r#"{"driver":"raw","data":"x"}"#, r#"{"driver":"raw","data":"x"}"#),
+            ("memory-backend-file,data=x", "memory-backend-file,data=x"),
+            ("-S", "-S"),
+            ("", ""),
+        ] {
+            assert_eq!(without_secret(before), after);
+        }
+    }
+
+    #[test]
+    fn boot_files_are_found_and_made_absolute() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_str().unwrap();
+        for name in ["vmlinuz", "-kernel"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let line = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let found = |text: &str| boot_files(&line(text), Some(dir.path()));
+        assert_eq!(found("qemu -kernel vmlinuz -append -bios"), [format!("{at}/vmlinuz")]);
+        assert_eq!(found("qemu --kernel ./vmlinuz -initrd /gone"), [format!("{at}/./vmlinuz"), "/gone".into()]);
+        assert_eq!(found("qemu -kernel -kernel"), [format!("{at}/-kernel")]);
+        assert_eq!(found("qemu -bios bios-microvm.bin -kernel"), Vec::<String>::new());
+        assert_eq!(boot_files(&line("qemu -kernel vmlinuz"), None), ["vmlinuz"]);
+    }
+}

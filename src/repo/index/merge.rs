@@ -1,0 +1,121 @@
+//! Writing index files, and merging many small ones into one.
+//!
+//! A merge reads its inputs in step, so it needs no memory to speak of. Crash before the new file is durable: as if it had
+//! not been tried. Crash after: entries are found twice, in the new file and in old ones, which is no harm; the next merge
+//! drops the doubles.
+
+use std::collections::HashMap;
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::durable::{self, DurableError, Pending, Replace};
+use crate::fault;
+use crate::repo::error::RepoError;
+use crate::repo::index::format::{HEADER_BYTES, PackRef, RawEntry, encode_header};
+use crate::repo::index::set::{IndexFile, IndexSet};
+use crate::repo::layout::Layout;
+use crate::repo::lock;
+use crate::units::PackId;
+
+/// With more index files than this, small ones are merged.
+pub const MAX_INDEX_FILES: usize = 16;
+/// So many are left by a merge.
+const FILES_AFTER_MERGE: usize = 8;
+
+const _: () = assert!(FILES_AFTER_MERGE < MAX_INDEX_FILES);
+
+/// Writes an index file, durably. The entries ascend by digest.
+pub fn write(
+    layout: &Layout,
+    packs: &[PackRef],
+    entries: impl Iterator<Item = RawEntry>,
+) -> Result<IndexFile, RepoError> {
+    let path: PathBuf = layout.index().join(PackId::random().to_string());
+    let pending = Pending::create(&path)?;
+    let failed = || RepoError::io("write the index", pending.temporary());
+    let mut out = BufWriter::with_capacity(256 << 10, pending.file());
+    let mut crc = crc32fast::Hasher::new();
+    out.write_all(&[0; HEADER_BYTES]).map_err(failed())?;
+    let mut put = |bytes: &[u8]| {
+        crc.update(bytes);
+        out.write_all(bytes)
+    };
+    packs.iter().try_for_each(|pack| put(&pack.encode())).map_err(failed())?;
+    let mut count = 0u64;
+    for entry in entries {
+        put(&entry).map_err(failed())?;
+        count += 1;
+    }
+    out.flush().map_err(failed())?;
+    drop(out);
+    let created_us = Timestamp::now().as_microsecond().max(0) as u64;
+    let header = encode_header(packs.len() as u32, count, created_us, crc.finalize());
+    pending.file().write_all_at(&header, 0).map_err(DurableError::at("write", pending.temporary()))?;
+    pending.commit(Replace::No)?;
+    fault::point("repo.index-written");
+    IndexFile::open(&path)
+}
+
+/// Merges small index files if there are more than [`MAX_INDEX_FILES`]. Does nothing while another process merges.
+/// Returns the new set, if anything was done.
+pub fn merge_if_many(layout: &Layout) -> Result<Option<IndexSet>, RepoError> {
+    if IndexSet::open_all(layout)?.0.files().len() <= MAX_INDEX_FILES {
+        return Ok(None);
+    }
+    let Some(_lock) = lock::index(layout)? else { return Ok(None) };
+    let (set, _) = IndexSet::open_all(layout)?;
+    // A damaged file is left for `verify` to speak about.
+    let mut files: Vec<_> = set.files().iter().filter(|f| f.view().check_body().is_ok()).cloned().collect();
+    if files.len() <= MAX_INDEX_FILES {
+        return Ok(None);
+    }
+    files.sort_by_key(|file| file.view().header().entries);
+    files.truncate(files.len() - FILES_AFTER_MERGE + 1);
+    merge(layout, &files)?;
+    IndexSet::open(layout).map(Some)
+}
+
+/// Merges these files into one and removes them.
+fn merge(layout: &Layout, files: &[Arc<IndexFile>]) -> Result<(), RepoError> {
+    let mut packs = Vec::new();
+    let mut numbers = HashMap::new();
+    let mut translations = Vec::new();
+    for file in files {
+        let view = file.view();
+        let mut translation = Vec::new();
+        for n in 0..view.header().packs {
+            let pack = view.pack(n).map_err(|e| file.error(e))?;
+            translation.push(*numbers.entry(pack.id).or_insert_with(|| {
+                packs.push(pack);
+                packs.len() as u32 - 1
+            }));
+        }
+        translations.push(translation);
+    }
+    let mut heads = vec![0u64; files.len()];
+    let mut last: Option<RawEntry> = None;
+    let next = || {
+        loop {
+            let candidates = files.iter().enumerate().filter_map(|(i, f)| Some((f.view().raw_entry(heads[i])?, i)));
+            let (raw, from) = candidates.min_by_key(|(raw, i)| (&raw[..32], *i))?;
+            heads[from] += 1;
+            let mut entry = *raw;
+            let number = u32::from_le_bytes([raw[32], raw[33], raw[34], raw[35]]);
+            let number = translations[from].get(number as usize).copied().unwrap_or(u32::MAX);
+            entry[32..36].copy_from_slice(&number.to_le_bytes());
+            if last.replace(entry) != Some(entry) {
+                return Some(entry);
+            }
+        }
+    };
+    write(layout, &packs, std::iter::from_fn(next))?;
+    fault::point("repo.index-merged");
+    for file in files {
+        durable::remove_file(file.path())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! The index files of a repository, opened together.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::durable::TEMPORARY_ENDING;
+use crate::repo::blob::Placed;
+use crate::repo::digest::Digest;
+use crate::repo::error::{FormatError, RepoError};
+use crate::repo::index::format::{Header, PackRef, View};
+use crate::repo::layout::Layout;
+use crate::units::PackId;
+
+/// An open index file.
+#[derive(Debug)]
+pub struct IndexFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Header,
+    /// Numbers of packs that are not there, or not whole; filled for writers only.
+    absent: HashSet<u32>,
+}
+
+impl IndexFile {
+    /// Maps an index file and checks its header.
+    pub fn open(path: &Path) -> Result<Self, RepoError> {
+        let file = File::open(path).map_err(RepoError::io("open the index", path))?;
+        // SAFETY: index files are written once, under another name, and never changed or truncated afterwards; removing
+        // one leaves the mapping valid. Whatever the bytes are, `View` checks every access.
+        let map = unsafe { Mmap::map(&file) }.map_err(RepoError::io("map the index", path))?;
+        let header = Header::decode(&map).map_err(|e| e.at("index", path))?;
+        Ok(Self { path: path.to_owned(), map, header, absent: HashSet::new() })
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its bytes, for look-ups.
+    pub fn view(&self) -> View<'_> {
+        View::of_checked(&self.map, self.header)
+    }
+
+    /// Adds which file it was to a format error.
+    pub fn error(&self, error: FormatError) -> RepoError {
+        error.at("index", &self.path)
+    }
+
+    /// Whether the pack was found missing or cut short.
+    pub fn is_absent(&self, pack: u32) -> bool {
+        self.absent.contains(&pack)
+    }
+}
+
+/// Where a blob is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// In which pack.
+    pub pack: PackId,
+    /// Where in it.
+    pub placed: Placed,
+    /// Number of the index file in the set, and of the entry in it.
+    pub entry: (u32, u64),
+}
+
+/// Index files, the newest first.
+#[derive(Clone, Debug, Default)]
+pub struct IndexSet {
+    files: Vec<Arc<IndexFile>>,
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, RepoError> {
+    let at = || RepoError::io("list", dir);
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(at())? {
+        let path = entry.map_err(at())?.path();
+        if path.extension() != Some(OsStr::new(TEMPORARY_ENDING)) {
+            paths.push(path);
+        }
+    }
+    Ok(paths)
+}
+
+impl IndexSet {
+    /// Opens all index files; those that cannot be are returned as errors.
+    pub fn open_all(layout: &Layout) -> Result<(Self, Vec<RepoError>), RepoError> {
+        // A merge may remove files between listing and opening; the merged one is there before that, so list again.
+        for _ in 0..100 {
+            let (mut files, mut errors, mut again) = (Vec::new(), Vec::new(), false);
+            for path in list(&layout.index())? {
+                match IndexFile::open(&path) {
+                    Ok(file) => files.push(Arc::new(file)),
+                    Err(RepoError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => again = true,
+                    Err(error) => errors.push(error),
+                }
+            }
+            if !again {
+                let mut this = Self { files };
+                this.sort();
+                return Ok((this, errors));
+            }
+        }
+        Err(RepoError::Busy { who: "a process that keeps merging index files".to_owned() })
+    }
+
+    /// Opens all index files, and fails if one is damaged.
+    pub fn open(layout: &Layout) -> Result<Self, RepoError> {
+        let (this, errors) = Self::open_all(layout)?;
+        errors.into_iter().next().map_or(Ok(this), Err)
+    }
+
+    /// Opens all index files for a writer: packs that are missing or not of the recorded length count as not there, so
+    /// that nothing new comes to depend on them and what was lost with them is stored again.
+    pub fn open_for_writer(layout: &Layout) -> Result<Self, RepoError> {
+        let mut this = Self::open(layout)?;
+        for file in &mut this.files {
+            let mut absent = HashSet::new();
+            for n in 0..file.header.packs {
+                let pack = file.view().pack(n).map_err(|e| file.error(e))?;
+                let path = layout.pack(pack.id);
+                if !std::fs::metadata(&path).is_ok_and(|m| m.len() == pack.len_bytes) {
+                    tracing::warn!(pack = %path.display(), "a pack is missing or cut short; run `livebackup verify`");
+                    absent.insert(n);
+                }
+            }
+            if let Some(file) = Arc::get_mut(file) {
+                file.absent = absent;
+            }
+        }
+        Ok(this)
+    }
+
+    fn sort(&mut self) {
+        self.files.sort_by_key(|f| (std::cmp::Reverse(f.header.created_us), f.path.clone()));
+    }
+
+    /// Adds a file that has just been written.
+    pub fn add(&mut self, file: Arc<IndexFile>) {
+        self.files.push(file);
+        self.sort();
+    }
+
+    /// The files, the newest first.
+    pub fn files(&self) -> &[Arc<IndexFile>] {
+        &self.files
+    }
+
+    /// All packs that the files name, each once.
+    pub fn packs(&self) -> Result<Vec<PackRef>, RepoError> {
+        let mut seen = HashSet::new();
+        let mut packs = Vec::new();
+        for file in &self.files {
+            for n in 0..file.header.packs {
+                let pack = file.view().pack(n).map_err(|e| file.error(e))?;
+                if seen.insert(pack.id) {
+                    packs.push(pack);
+                }
+            }
+        }
+        Ok(packs)
+    }
+
+    /// All places of a digest, the newest index first. Packs that are known to be absent are left out.
+    pub fn find_all<'a>(&'a self, digest: &Digest) -> impl Iterator<Item = Result<Location, RepoError>> + use<'a> {
+        let digest = *digest;
+        self.files.iter().enumerate().flat_map(move |(number, file)| {
+            file.view().find(&digest).filter_map(move |(n, entry)| {
+                let located = entry.and_then(|entry| {
+                    let pack = file.view().pack(entry.pack)?;
+                    let location = Location { pack: pack.id, placed: entry.placed, entry: (number as u32, n) };
+                    Ok((!file.is_absent(entry.pack)).then_some(location))
+                });
+                located.map_err(|e| file.error(e)).transpose()
+            })
+        })
+    }
+
+    /// The first place of a digest.
+    pub fn find(&self, digest: &Digest) -> Result<Option<Location>, RepoError> {
+        self.find_all(digest).next().transpose()
+    }
+}

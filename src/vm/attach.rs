@@ -1,0 +1,109 @@
+//! Attaching: locks, left-overs, what this QEMU can do.
+
+use std::sync::{Arc, Mutex as StdMutex};
+
+use tokio::sync::Mutex;
+
+use super::names::Names;
+use super::place::{self, Holder, Place, Taken};
+use super::{AttachError, Inner, Vm, VmOptions, qemu_failed, undo};
+use crate::checkpoint::QemuInstance;
+use crate::machine::Machine;
+use crate::monitor::{self, Address, Monitor, Process};
+use crate::units::OwnerId;
+use crate::wire::message::{Failure, FailureCode};
+
+impl Vm {
+    /// Connects, takes the locks, and takes out what a dead sidecar left.
+    pub async fn attach(address: &Address, options: VmOptions) -> Result<Vm, AttachError> {
+        let owner = place::owner(&options.state)?;
+        let monitor_text = absolute(address);
+        // Asked before connecting: the monitor may have one place only, and its holder sits there.
+        if let Some(holder) = place::holder_of(&monitor_text) {
+            return Err(held(Some(holder)));
+        }
+        let monitor = Monitor::connect(address).await.map_err(qemu_failed)?;
+        let process = monitor.peer_process().ok_or_else(|| {
+            Failure::new(
+                FailureCode::Qemu,
+                format!("the QEMU behind {address} is no process that can be seen here; run livebackup on its host, outside of containers"),
+            )
+        })?;
+        let machine = monitor::machine(&monitor).await.map_err(qemu_failed)?;
+        let name = options.name.clone().or_else(|| machine.name.clone()).or_else(|| machine.uuid.clone());
+        let name = name.ok_or_else(|| {
+            Failure::new(
+                FailureCode::UnknownVm,
+                "the virtual machine has neither -name nor -uuid: say with --vm what to call it",
+            )
+        })?;
+        let holder = Holder {
+            pid: std::process::id() as i32,
+            monitor: monitor_text,
+            vm: name.clone(),
+            served_at: options.served_at.as_ref().map(place::served_text),
+        };
+        let place = place::take(&options.state, owner, &process, &holder).map_err(|taken| match taken {
+            Taken::By(holder) => held(holder),
+            Taken::Failure(failure) => failure.into(),
+        })?;
+        let vm = Self::settle_in(monitor, process, owner, name, machine, place, options).await?;
+        Ok(vm)
+    }
+
+    async fn settle_in(
+        monitor: Monitor,
+        process: Process,
+        owner: OwnerId,
+        name: String,
+        machine: Machine,
+        place: Place,
+        options: VmOptions,
+    ) -> Result<Vm, Failure> {
+        let names = Names::new(owner);
+        let removed = undo::remove_all(&monitor, &names, &place.sockets).await.map_err(qemu_failed)?;
+        if !removed.is_empty() {
+            tracing::warn!(vm = name, "took out what a session left that was killed: {}", removed.join(", "));
+        }
+        let capabilities = monitor::probe(&monitor, names.prefix()).await.map_err(qemu_failed)?;
+        let Process { pid, start_time, boot_id } = process;
+        let inner = Inner {
+            name,
+            machine,
+            bench_parts: (monitor, names, capabilities),
+            qemu: QemuInstance { pid, start_time, boot_id },
+            options,
+            place,
+            session: Arc::new(Mutex::new(())),
+            progress: StdMutex::new(None),
+            tracking: StdMutex::default(),
+        };
+        Ok(Vm { inner: Arc::new(inner) })
+    }
+}
+
+/// The monitor's address as every process of this host would write it.
+fn absolute(address: &Address) -> String {
+    match address {
+        Address::Unix(path) => std::fs::canonicalize(path).unwrap_or_else(|_| path.clone()).display().to_string(),
+        tcp => tcp.to_string(),
+    }
+}
+
+fn held(holder: Option<Holder>) -> AttachError {
+    match holder {
+        Some(holder) => match holder.address() {
+            Some(address) => AttachError::Served { address, vm: holder.vm },
+            None => Failure::new(
+                FailureCode::Busy,
+                format!("process {} is working on VM {:?}; wait until it is done", holder.pid, holder.vm),
+            )
+            .into(),
+        },
+        None => Failure::new(
+            FailureCode::Busy,
+            "another livebackup is working on this virtual machine; wait until it is done",
+        )
+        .into(),
+    }
+}

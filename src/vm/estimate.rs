@@ -1,0 +1,68 @@
+//! Estimating: what a backup would read, found without taking one.
+
+use std::path::Path;
+
+use super::tracking::Plan;
+use super::{Vm, fleece, internal, qemu_failed, tracking};
+use crate::checkpoint::Bitmap;
+use crate::units::{CheckpointId, GRANULE_BYTES};
+use crate::wire::message::{Begin, Estimated, Failure};
+
+impl Vm {
+    /// What a backup would read. Changes nothing in the guest and takes no checkpoint.
+    pub async fn estimate(&self, begin: Begin) -> Result<Vec<Estimated>, Failure> {
+        let guard = self.claim()?;
+        let vm = self.clone();
+        // A task of its own: a caller that goes away must not leave a helper node behind.
+        let work = tokio::spawn(async move {
+            vm.clean_up_now().await?;
+            let graph = vm.graph().await?;
+            let plans = vm.plans(&begin, &graph).await?;
+            let result = vm.estimates(&plans, u64::from(begin.chunk_bytes)).await;
+            vm.clean_up_now().await?;
+            drop(guard);
+            result
+        });
+        work.await.map_err(internal)?
+    }
+
+    async fn estimates(&self, plans: &[(Plan, Option<String>)], chunk_bytes: u64) -> Result<Vec<Estimated>, Failure> {
+        let mut socket = None;
+        let mut out = vec![];
+        for (i, (plan, _)) in plans.iter().enumerate() {
+            let mut needed = match &plan.sealed {
+                None => Bitmap::full(plan.disk.size_bytes),
+                Some(sealed) => {
+                    let mut needed = sealed.clone();
+                    if let Some(head) = plan.log.last() {
+                        if socket.is_none() {
+                            socket = Some(fleece::start_nbd_server(self.monitor(), &self.inner.place.sockets).await?);
+                        }
+                        let live = self.live_bitmap(i, plan, head, socket.as_deref().unwrap_or(Path::new(""))).await?;
+                        needed.union_with(&live).map_err(internal)?;
+                    }
+                    needed
+                }
+            };
+            needed.round_out(chunk_bytes);
+            out.push(Estimated {
+                disk: plan.disk.name.clone(),
+                size_bytes: plan.disk.size_bytes,
+                taken: plan.taken.clone(),
+                needed_bytes: needed.count_bytes(),
+            });
+        }
+        Ok(out)
+    }
+
+    async fn live_bitmap(&self, i: usize, plan: &Plan, head: CheckpointId, socket: &Path) -> Result<Bitmap, Failure> {
+        let (monitor, names) = (self.monitor(), self.names());
+        let (helper, size_bytes) = (names.helper(i), plan.disk.size_bytes);
+        fleece::add_helper_node(monitor, &helper, size_bytes).await.map_err(qemu_failed)?;
+        tracking::add_bitmap(monitor, &helper, "old", GRANULE_BYTES, true).await.map_err(qemu_failed)?;
+        tracking::merge(monitor, (&helper, "old"), &[(&plan.disk.node, &names.since(head))])
+            .await
+            .map_err(qemu_failed)?;
+        fleece::read_bitmap(monitor, socket, &helper, "old", size_bytes).await
+    }
+}

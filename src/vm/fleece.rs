@@ -1,0 +1,560 @@
+//! Fleece: the state in which a disk can be read as it was at the instant, while the guest writes on.
+//!
+//! ```text
+//!   guest device                       guest device
+//!        │                                  │ qom-set drive = the instant
+//!     disk node                      copy-before-write ──target──► scratch
+//!   (bitmaps live here)                 │ file       ▲
+//!                                    disk node    snapshot-access ── export ──► reader
+//! ```
+//!
+//! Order, and what a crash leaves after each step (all of it found by name or debt, see [`undo`](super::undo)):
+//!
+//! 1. **Prepare**, guest running: scratch node, helper node with the bitmap `need`, the next bitmap on the disk.
+//! 2. **Instant**: with more than one disk the guest is stopped (the guardian owes it `cont`). The bitmap so far is
+//!    merged into `need`, the filter is made (limited to `need`), and put above the disk. Old bitmaps are disabled.
+//! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
+//!    instant, could not be read back, and the instant is taken again; the third time without a limit.
+//! 4. **Harvest**: the old bitmap is merged into one on the helper node, read over NBD, and given to the log.
+//! 5. **Show**: a snapshot node and an export for each disk.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::guardian::Guardian;
+use super::names::Names;
+use super::scratch::ScratchDir;
+use super::tracking::{self, Plan, add_bitmap, merge};
+use super::undo::{self, Debt, Debts};
+use super::{internal, qemu_failed};
+use crate::checkpoint::Bitmap;
+use crate::extent::Extent;
+use crate::fault;
+use crate::monitor::{Capabilities, Monitor, MonitorError, run_state};
+use crate::nbd::{self, ConnectOptions, NbdError, Wanted};
+use crate::units::GRANULE_BYTES;
+use crate::wire::message::{Failure, FailureCode};
+
+/// A guest write waits no longer than this for a scratch that is slow. Some versions wrap above 4 s.
+const CBW_TIMEOUT_S: u64 = 4;
+/// How often the instant is tried with a limit, before it is taken without.
+const LIMITED_TRIES: usize = 2;
+
+/// What the steps work with.
+#[derive(Clone, Debug)]
+pub struct Bench {
+    /// The monitor.
+    pub monitor: Monitor,
+    /// Our names.
+    pub names: Names,
+    /// What this QEMU can do.
+    pub capabilities: Capabilities,
+    /// Directory for sockets and debts.
+    pub sockets: PathBuf,
+    /// Where scratch goes.
+    pub scratch: ScratchDir,
+}
+
+/// A disk under the fleece.
+#[derive(Debug)]
+pub struct FleeceDisk {
+    /// What happens to it.
+    pub plan: Plan,
+    /// Our end of its scratch; none for a disk that the guest cannot write to.
+    pub scratch: Option<File>,
+    index: usize,
+    limited: bool,
+}
+
+/// A fleece that is being opened, or open.
+#[derive(Debug)]
+pub struct Fleece {
+    bench: Bench,
+    /// The disks, in the session's order.
+    pub disks: Vec<FleeceDisk>,
+    chunk_bytes: u64,
+    nbd: Option<PathBuf>,
+    /// The instant.
+    pub instant: Timestamp,
+    /// How long the guest was stopped for it.
+    pub stopped: Duration,
+}
+
+impl FleeceDisk {
+    fn has_filter(&self) -> bool {
+        !self.plan.disk.read_only
+    }
+}
+
+impl Fleece {
+    /// Steps 1 to 3. On an error, what was added is still there: [`undo::remove_all`] takes it out.
+    pub async fn open(bench: Bench, plans: Vec<Plan>, chunk_bytes: u64) -> Result<Self, Failure> {
+        let disks = plans.into_iter().enumerate().map(|(index, plan)| {
+            let limited = plan.sealed.is_some();
+            FleeceDisk { plan, scratch: None, index, limited }
+        });
+        let disks = disks.collect();
+        let (instant, stopped) = (Timestamp::UNIX_EPOCH, Duration::ZERO);
+        let mut this = Self { bench, disks, chunk_bytes, nbd: None, instant, stopped };
+        this.prepare().await?;
+        for attempt in 0.. {
+            this.take_instant().await?;
+            fault::point("fleece.instant");
+            if this.is_proven().await.map_err(qemu_failed)? {
+                break;
+            }
+            tracing::info!(attempt, "a write fell between merge and instant; the instant is taken again");
+            this.take_back(attempt + 1 < LIMITED_TRIES).await?;
+        }
+        Ok(this)
+    }
+
+    async fn prepare(&mut self) -> Result<(), Failure> {
+        for i in 0..self.disks.len() {
+            if self.disks[i].has_filter() {
+                self.add_scratch(i).await?;
+                fault::point("fleece.scratch");
+                self.add_helper(i).await?;
+                fault::point("fleece.helper");
+            }
+        }
+        for i in 0..self.disks.len() {
+            let disk = &self.disks[i];
+            let (monitor, names, node) = (&self.bench.monitor, &self.bench.names, &disk.plan.disk.node);
+            if let Some(next) = disk.plan.track.next() {
+                add_bitmap(monitor, node, &names.since(next), GRANULE_BYTES, false).await.map_err(qemu_failed)?;
+                fault::point("fleece.bitmap");
+            }
+        }
+        Ok(())
+    }
+
+    async fn add_scratch(&mut self, i: usize) -> Result<(), Failure> {
+        let Bench { monitor, names, capabilities, scratch, sockets } = &self.bench;
+        let by_descriptor = monitor.can_pass_fds() && capabilities.files_by_descriptor;
+        let size_bytes = self.disks[i].plan.disk.size_bytes;
+        let (file, path) = scratch.file(size_bytes, !by_descriptor)?;
+        if let Some(path) = &path {
+            Debts::new(sockets).owe_file(i, path).map_err(internal)?;
+        }
+        let node = names.scratch(i);
+        let filename = if by_descriptor {
+            // Ids are ours to choose; they must fit an int.
+            let set = 0x6c62_0000_u64
+                + u64::from(u16::from_le_bytes([crate::units::PackId::random().as_bytes()[0], i as u8]));
+            let label = json!({"fdset-id": set, "opaque": node});
+            monitor.send_fd("add-fd", label, file.as_fd()).await.map_err(qemu_failed)?;
+            format!("/dev/fdset/{set}")
+        } else {
+            path.as_deref().map(|p| p.display().to_string()).unwrap_or_default()
+        };
+        let arguments = json!({"driver": "file", "node-name": node, "filename": filename, "discard": "unmap"});
+        let added = monitor.raw("blockdev-add", arguments).await;
+        if let Some(path) = path {
+            // QEMU has it open.
+            let _ = std::fs::remove_file(path);
+        }
+        added.map_err(qemu_failed)?;
+        self.disks[i].scratch = Some(file);
+        Ok(())
+    }
+
+    /// The helper node with its bitmaps: `need` in chunks, `check` likewise, `old` in granules.
+    async fn add_helper(&mut self, i: usize) -> Result<(), Failure> {
+        let Bench { monitor, names, .. } = &self.bench;
+        let disk = &self.disks[i];
+        let node = names.helper(i);
+        add_helper_node(monitor, &node, disk.plan.disk.size_bytes).await.map_err(qemu_failed)?;
+        let sentinel = matches!(disk.plan.track, tracking::Track::Begin { .. });
+        let sealed = disk.plan.sealed.clone().filter(|b| !b.is_empty());
+        let chunk_bytes = self.chunk_bytes;
+        for (name, granularity, disabled) in
+            [("need", chunk_bytes, false), ("check", chunk_bytes, true), ("old", GRANULE_BYTES, true)]
+        {
+            add_bitmap(monitor, &node, name, granularity, disabled).await.map_err(qemu_failed)?;
+        }
+        if let Some(sealed) = sealed {
+            let extents: Vec<_> = sealed.extents().collect();
+            self.set_bits(&node, extents).await?;
+        }
+        if sentinel {
+            let disk = self.disks[i].plan.disk.clone();
+            add_bitmap(&self.bench.monitor, &node, "last", GRANULE_BYTES, false).await.map_err(qemu_failed)?;
+            let last = disk.size_bytes.saturating_sub(1) / GRANULE_BYTES * GRANULE_BYTES;
+            self.set_bits(&node, vec![Extent::between(last, disk.size_bytes)]).await?;
+            tracking::set_sentinel(&self.bench.monitor, &self.bench.names, &disk.node, (&node, "last")).await?;
+            // `need` has the bit too now; a new epoch's disk is read whole, so it is not used.
+        }
+        Ok(())
+    }
+
+    /// Sets bits in the enabled bitmaps of a helper node, by writing zeroes to it.
+    async fn set_bits(&mut self, node: &str, extents: Vec<Extent>) -> Result<(), Failure> {
+        let socket = self.nbd_server().await?;
+        let Bench { monitor, .. } = &self.bench;
+        let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "writable": true});
+        monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
+        let wanted = Wanted { export: node.to_owned(), contexts: vec![] };
+        let client =
+            nbd::connect(&nbd::Address::Unix(socket), &wanted, &ConnectOptions::default()).await.map_err(internal)?;
+        let whole = extents.into_iter().flat_map(|e| e.split_at_multiples(1 << 30));
+        client.write_zeroes_all(whole, false).await.map_err(internal)?;
+        client.close().await;
+        undo::delete_export(monitor, node).await.map_err(qemu_failed)
+    }
+
+    /// Starts QEMU's NBD server, once; gives its socket.
+    async fn nbd_server(&mut self) -> Result<PathBuf, Failure> {
+        if let Some(socket) = &self.nbd {
+            return Ok(socket.clone());
+        }
+        let socket = start_nbd_server(&self.bench.monitor, &self.bench.sockets).await?;
+        self.nbd = Some(socket.clone());
+        Ok(socket)
+    }
+
+    /// Step 2. Whatever fails, the guest is let go.
+    async fn take_instant(&mut self) -> Result<(), Failure> {
+        let debts = Debts::new(&self.bench.sockets);
+        for i in 0..self.disks.len() {
+            if self.disks[i].has_filter() && !self.disks[i].limited {
+                self.add_filter(i).await.map_err(qemu_failed)?;
+            }
+        }
+        let monitor = self.bench.monitor.clone();
+        let several = self.disks.iter().filter(|d| d.has_filter()).count() > 1;
+        let stop = several && run_state(&monitor).await.map_err(qemu_failed)? == "running";
+        if !stop {
+            return self.insert().await.map_err(qemu_failed);
+        }
+        let mut guardian =
+            Guardian::spawn(monitor.address()).map_err(|e| internal(format!("cannot start the guardian: {e}")))?;
+        // `stop` flushes the images with the guest standing still: flush them before.
+        undo::sync_files(
+            self.disks.iter().filter_map(|d| Some(PathBuf::from(&d.plan.disk.chain.first()?.filename))).collect(),
+        )
+        .await;
+        debts.owe(Debt::Cont).map_err(internal)?;
+        guardian.owe(&debts.path(Debt::Cont)).map_err(internal)?;
+        let start = Instant::now();
+        let inserted = match monitor.raw("stop", json!({})).await {
+            Ok(_) => {
+                fault::point("fleece.stopped");
+                self.insert().await
+            }
+            Err(e) => Err(e),
+        };
+        let resumed = undo::resume_whatever_it_takes(&monitor, &debts).await;
+        self.stopped = start.elapsed();
+        if resumed.is_ok() {
+            guardian.paid();
+        }
+        inserted.map_err(qemu_failed)?;
+        resumed.map(drop).map_err(qemu_failed)
+    }
+
+    async fn insert(&mut self) -> Result<(), MonitorError> {
+        let Bench { monitor, names, .. } = self.bench.clone();
+        for i in 0..self.disks.len() {
+            if self.disks[i].has_filter() && self.disks[i].limited {
+                let disk = &self.disks[i].plan;
+                if let Some(head) = self.current(i) {
+                    merge(&monitor, (&names.helper(i), "need"), &[(&disk.disk.node, &names.since(head))]).await?;
+                }
+                self.add_filter(i).await?;
+            }
+        }
+        fault::point("fleece.filter");
+        for i in 0..self.disks.len() {
+            if self.disks[i].has_filter() {
+                let path = &self.disks[i].plan.disk.qom_path;
+                monitor.raw("qom-set", json!({"path": path, "property": "drive", "value": names.filter(i)})).await?;
+                fault::point("fleece.inserted");
+            }
+        }
+        self.instant = Timestamp::now();
+        let disable: Vec<_> = self
+            .old_bitmaps()
+            .map(|(_, node, name)| json!({"type": "block-dirty-bitmap-disable", "data": {"node": node, "name": name}}))
+            .collect();
+        if !disable.is_empty() {
+            monitor.raw("transaction", json!({"actions": disable})).await?;
+        }
+        Ok(())
+    }
+
+    /// The checkpoint whose bitmap says what was written since the log's last one: also for a backup that takes none.
+    fn current(&self, i: usize) -> Option<crate::units::CheckpointId> {
+        let plan = &self.disks[i].plan;
+        plan.track.head().or_else(|| plan.sealed.as_ref().and_then(|_| plan.log.last()))
+    }
+
+    /// (index, node, bitmap) of what the instant closes.
+    fn old_bitmaps(&self) -> impl Iterator<Item = (usize, String, String)> + '_ {
+        let heads = self.disks.iter().filter_map(|d| Some((d, d.plan.track.head()?)));
+        heads.map(|(d, head)| (d.index, d.plan.disk.node.clone(), self.bench.names.since(head)))
+    }
+
+    async fn add_filter(&self, i: usize) -> Result<(), MonitorError> {
+        let Bench { monitor, names, .. } = &self.bench;
+        let disk = &self.disks[i];
+        let mut options = json!({
+            "driver": "copy-before-write", "node-name": names.filter(i), "file": disk.plan.disk.node,
+            "target": names.scratch(i), "on-cbw-error": "break-snapshot", "cbw-timeout": CBW_TIMEOUT_S,
+        });
+        if disk.plan.disk.discard_unmap {
+            options["discard"] = json!("unmap");
+        }
+        if disk.limited {
+            options["bitmap"] = json!({"node": names.helper(i), "name": "need"});
+        }
+        monitor.raw("blockdev-add", options).await.map(drop)
+    }
+
+    /// Step 3.
+    async fn is_proven(&self) -> Result<bool, MonitorError> {
+        let Bench { monitor, names, .. } = &self.bench;
+        let mut helpers = vec![];
+        for disk in self.disks.iter().filter(|d| d.limited) {
+            let helper = names.helper(disk.index);
+            let mut sources = vec![(helper.clone(), "need".to_owned())];
+            if let Some(head) = self.current(disk.index) {
+                sources.push((disk.plan.disk.node.clone(), names.since(head)));
+            }
+            let sources: Vec<_> = sources.iter().map(|(node, name)| (node.as_str(), name.as_str())).collect();
+            merge(monitor, (&helper, "check"), &sources).await?;
+            helpers.push(helper);
+        }
+        if helpers.is_empty() {
+            return Ok(true);
+        }
+        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+        Ok(helpers.iter().all(|helper| match (count(&nodes, helper, "need"), count(&nodes, helper, "check")) {
+            (Some(need), Some(check)) => need == check,
+            _ => false,
+        }))
+    }
+
+    /// Undoes step 2, so that the instant can be taken again.
+    async fn take_back(&mut self, limit_again: bool) -> Result<(), Failure> {
+        let Bench { monitor, names, .. } = self.bench.clone();
+        // What was written since the old bitmaps were disabled is in the next ones only, and lies before the instant that
+        // is about to be taken: the old ones get it.
+        for disk in &self.disks {
+            let tracking::Track::Continue { head, next } = disk.plan.track else { continue };
+            let (node, old) = (&disk.plan.disk.node, names.since(head));
+            let actions = json!({"actions": [
+                {"type": "block-dirty-bitmap-enable", "data": {"node": node, "name": old}},
+                {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": old, "bitmaps": [names.since(next)]}},
+            ]});
+            monitor.raw("transaction", actions).await.map_err(qemu_failed)?;
+        }
+        for disk in self.disks.iter_mut().filter(|d| d.has_filter()) {
+            let Plan { disk: found, .. } = &disk.plan;
+            let back = json!({"path": found.qom_path, "property": "drive", "value": found.node});
+            monitor.raw("qom-set", back).await.map_err(qemu_failed)?;
+            undo::sync_image(&monitor, &found.node).await;
+            monitor.raw("blockdev-del", json!({"node-name": names.filter(disk.index)})).await.map_err(qemu_failed)?;
+            disk.limited &= limit_again;
+        }
+        Ok(())
+    }
+
+    /// Step 4: what was written between the last checkpoint and this instant, per disk that had one; for a backup that
+    /// takes no checkpoint, up to now (a superset). The disk's own bitmap stays in QEMU until
+    /// [`Fleece::forget_old`].
+    pub async fn harvest(&mut self, i: usize) -> Result<Option<Bitmap>, Failure> {
+        let Some(head) = self.current(i) else { return Ok(None) };
+        let Bench { monitor, names, .. } = self.bench.clone();
+        let disk = self.disks[i].plan.disk.clone();
+        let helper = names.helper(i);
+        merge(&monitor, (&helper, "old"), &[(&disk.node, &names.since(head))]).await.map_err(qemu_failed)?;
+        let socket = self.nbd_server().await?;
+        let bitmap = read_bitmap(&monitor, &socket, &helper, "old", disk.size_bytes).await?;
+        fault::point("fleece.harvested");
+        Ok(Some(bitmap))
+    }
+
+    /// Removes the old bitmap of a disk from QEMU: the log has it.
+    pub async fn forget_old(&self, i: usize) -> Result<(), Failure> {
+        if let Some((_, node, name)) = self.old_bitmaps().find(|(index, _, _)| *index == i) {
+            tracking::remove_bitmap(&self.bench.monitor, &node, &name).await.map_err(qemu_failed)?;
+        }
+        fault::point("fleece.forgotten");
+        Ok(())
+    }
+
+    /// Step 5, for one disk: the node to read, made visible above the filter.
+    pub async fn show(&mut self, i: usize) -> Result<String, Failure> {
+        let Bench { monitor, names, .. } = &self.bench;
+        if !self.disks[i].has_filter() {
+            return Ok(self.disks[i].plan.disk.node.clone());
+        }
+        let node = names.snapshot(i);
+        let options =
+            json!({"driver": "snapshot-access", "node-name": node, "file": names.filter(i), "discard": "unmap"});
+        monitor.raw("blockdev-add", options).await.map_err(qemu_failed)?;
+        fault::point("fleece.snapshot");
+        Ok(node)
+    }
+
+    /// Which granules of a shown disk may hold something else than zeroes. All of them, where this QEMU's word on that
+    /// cannot be trusted or had.
+    pub async fn data(&mut self, i: usize, node: &str) -> Result<Bitmap, Failure> {
+        let disk = self.disks[i].plan.disk.clone();
+        let capabilities = &self.bench.capabilities;
+        let safe = !disk.iothread || capabilities.nbd_safe_in_iothread;
+        if !capabilities.trust_block_status || !safe || self.disks[i].limited {
+            return Ok(Bitmap::full(disk.size_bytes));
+        }
+        let socket = self.nbd_server().await?;
+        let Bench { monitor, names, .. } = &self.bench;
+        let id = format!("{}st{i}", names.prefix());
+        let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id});
+        let may_hold_data = |flags| flags & nbd::proto::STATE_ZERO == 0;
+        let size_bytes = disk.size_bytes;
+        match marked(monitor, &socket, export, &id, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await? {
+            Ok(data) => Ok(data),
+            Err(error) => {
+                tracing::warn!(disk = disk.name, "which parts are empty cannot be had, so all is read: {error}");
+                Ok(Bitmap::full(disk.size_bytes))
+            }
+        }
+    }
+
+    /// Exports a shown disk over vhost-user-blk; gives the socket.
+    pub async fn export_vhost(&self, i: usize, node: &str) -> Result<PathBuf, Failure> {
+        let Bench { monitor, names, capabilities, sockets, .. } = &self.bench;
+        let id = names.snapshot(i);
+        let socket = sockets.join(format!("{id}.vhost"));
+        let addr = if monitor.can_pass_fds() && capabilities.sockets_by_descriptor {
+            pass_listener(monitor, &socket, &id).await?;
+            json!({"type": "fd", "str": id})
+        } else {
+            json!({"type": "unix", "path": socket})
+        };
+        let export = json!({"type": "vhost-user-blk", "id": id, "node-name": node, "writable": true, "addr": addr});
+        monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
+        fault::point("fleece.export");
+        Ok(socket)
+    }
+
+    /// Exports a shown disk over NBD; gives the socket and the export's name.
+    pub async fn export_nbd(&mut self, i: usize, node: &str) -> Result<(PathBuf, String), Failure> {
+        let socket = self.nbd_server().await?;
+        let Bench { monitor, names, .. } = &self.bench;
+        let id = names.snapshot(i);
+        let writable = self.disks[i].has_filter();
+        let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id, "writable": writable});
+        monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
+        fault::point("fleece.export");
+        Ok((socket, id))
+    }
+
+    /// What the steps work with.
+    pub fn bench(&self) -> &Bench {
+        &self.bench
+    }
+
+    /// Bytes of scratch in use.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.disks.iter().filter_map(|d| d.scratch.as_ref()).map(super::scratch::used_bytes).sum()
+    }
+}
+
+/// The dirty count of a bitmap in `query-named-block-nodes`.
+fn count(nodes: &Value, node: &str, bitmap: &str) -> Option<u64> {
+    let found = nodes.as_array()?.iter().find(|n| n["node-name"] == node)?;
+    found["dirty-bitmaps"].as_array()?.iter().find(|b| b["name"] == bitmap)?["count"].as_u64()
+}
+
+/// A node without a medium, of a disk's size, that carries bitmaps.
+pub async fn add_helper_node(monitor: &Monitor, node: &str, size_bytes: u64) -> Result<(), MonitorError> {
+    let options = json!({"driver": "null-co", "node-name": node, "size": size_bytes, "read-zeroes": true});
+    monitor.raw("blockdev-add", options).await.map(drop)
+}
+
+/// Starts QEMU's NBD server on a socket of ours.
+pub async fn start_nbd_server(monitor: &Monitor, sockets: &Path) -> Result<PathBuf, Failure> {
+    let socket = sockets.join("nbd");
+    Debts::new(sockets).owe(Debt::Nbd).map_err(internal)?;
+    let addr = if monitor.can_pass_fds() {
+        pass_listener(monitor, &socket, "livebackup-nbd").await?;
+        json!({"type": "fd", "data": {"str": "livebackup-nbd"}})
+    } else {
+        json!({"type": "unix", "data": {"path": socket}})
+    };
+    match monitor.raw("nbd-server-start", json!({"addr": addr})).await {
+        Ok(_) => Ok(socket),
+        Err(e) => {
+            if e.refusal().is_some() {
+                // Else it may start yet.
+                Debts::new(sockets).paid(Debt::Nbd);
+            }
+            let running = e.refusal().is_some_and(|words| words.contains("already running"));
+            if !running {
+                return Err(qemu_failed(e));
+            }
+            Err(Failure::new(
+                FailureCode::Busy,
+                "QEMU's only NBD server was started by another program, and bitmaps can leave QEMU no other way; \
+                 wait until that program is done, or stop the server with nbd-server-stop",
+            ))
+        }
+    }
+}
+
+/// Binds a socket and gives it to QEMU as a descriptor with this name.
+async fn pass_listener(monitor: &Monitor, socket: &Path, name: &str) -> Result<(), Failure> {
+    let _ = std::fs::remove_file(socket);
+    let listener =
+        UnixListener::bind(socket).map_err(|e| internal(format!("cannot listen at {}: {e}", socket.display())))?;
+    monitor.send_fd("getfd", json!({"fdname": name}), listener.as_fd()).await.map(drop).map_err(qemu_failed)
+}
+
+/// Reads a bitmap of a helper node over an export of its own.
+pub async fn read_bitmap(
+    monitor: &Monitor,
+    socket: &Path,
+    node: &str,
+    bitmap: &str,
+    size_bytes: u64,
+) -> Result<Bitmap, Failure> {
+    let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "bitmaps": [bitmap]});
+    let context = nbd::dirty_bitmap_context(bitmap);
+    let is_dirty = |flags| flags & nbd::proto::STATE_DIRTY != 0;
+    marked(monitor, socket, export, node, &context, size_bytes, is_dirty).await?.map_err(internal)
+}
+
+/// Adds an export, reads which granules a context marks, and deletes it again, before its client leaves. The inner
+/// error is the reading's: some can do without its answer.
+async fn marked(
+    monitor: &Monitor,
+    socket: &Path,
+    export: Value,
+    id: &str,
+    context: &str,
+    size_bytes: u64,
+    is_marked: impl Fn(u32) -> bool,
+) -> Result<Result<Bitmap, NbdError>, Failure> {
+    monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
+    let wanted = Wanted { export: id.to_owned(), contexts: vec![context.to_owned()] };
+    let address = nbd::Address::Unix(socket.to_owned());
+    let client = nbd::connect(&address, &wanted, &ConnectOptions::default()).await.map_err(internal)?;
+    let mut found = Bitmap::new(size_bytes);
+    let mark = |extent, flags| {
+        if is_marked(flags) {
+            found.set(extent);
+        }
+    };
+    let read = client.block_status_all(context, Extent::new(0, size_bytes), mark).await;
+    undo::delete_export(monitor, id).await.map_err(qemu_failed)?;
+    client.close().await;
+    Ok(read.map(|()| found))
+}

@@ -1,0 +1,214 @@
+//! A virtual machine under our care.
+//!
+//! ```text
+//!  attach: lock ─► undo left-overs ─► idle ◄───────────────────────────────┐
+//!                                      │ begin                              │ undo
+//!                                      ▼                                    │
+//!                         plan ─► fleece: prepare, instant, proof ─► transfer
+//!                                        harvest, seal, forget
+//! ```
+//!
+//! One session at a time. It is a task of its own: dropping the client's end ends it, and whatever happens, it takes
+//! everything of ours out of QEMU again except the bitmaps that record for the next backup.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+use crate::checkpoint::QemuInstance;
+use crate::machine::{FoundDisk, Machine};
+use crate::monitor::{self, Capabilities, Monitor, MonitorError};
+use crate::wire::Address as WireAddress;
+use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, TrackingStatus};
+
+mod attach;
+pub mod doctor;
+mod estimate;
+pub mod evidence;
+pub mod fleece;
+pub mod graph;
+pub mod guardian;
+pub mod names;
+pub mod place;
+pub mod scratch;
+mod select;
+mod session;
+mod status;
+pub mod tracking;
+pub mod transfer;
+pub mod undo;
+
+pub use doctor::{Check, CheckVerdict};
+
+use graph::Graph;
+use names::Names;
+use place::Place;
+use tracking::{Plan, Wish};
+
+/// How the data of a disk is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// vhost-user-blk where this QEMU has it, else NBD.
+    #[default]
+    Auto,
+    /// The same; named for completeness.
+    Vhost,
+    /// NBD.
+    Nbd,
+}
+
+/// How a VM is attached.
+#[derive(Clone, Debug, Default)]
+pub struct VmOptions {
+    /// State directory.
+    pub state: PathBuf,
+    /// Scratch directory; `STATE/scratch` when absent.
+    pub scratch: Option<PathBuf>,
+    /// Most scratch that a session may use; as much as the file system's reserve allows when absent.
+    pub scratch_budget_bytes: Option<u64>,
+    /// What the VM is called here; QEMU's `-name`, else its UUID, when absent.
+    pub name: Option<String>,
+    /// How data is read.
+    pub transport: Transport,
+    /// Where this process serves the VM to clients, if it does: others are sent there.
+    pub served_at: Option<WireAddress>,
+}
+
+/// Why a VM cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// A running service has it.
+    #[error("VM {vm:?} is served at {address}")]
+    Served {
+        /// Where to talk to it.
+        address: WireAddress,
+        /// What it is called there.
+        vm: String,
+    },
+    /// Anything else.
+    #[error(transparent)]
+    Failure(#[from] Failure),
+}
+
+/// A failure of QEMU or its monitor.
+pub(crate) fn qemu_failed(error: MonitorError) -> Failure {
+    Failure::new(FailureCode::Qemu, error.to_string())
+}
+
+/// A failure that has no code of its own.
+pub(crate) fn internal(error: impl std::fmt::Display) -> Failure {
+    Failure::new(FailureCode::Internal, error.to_string())
+}
+
+/// An attached VM. Clones share it; the locks go with the last one.
+#[derive(Clone)]
+pub struct Vm {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    machine: Machine,
+    bench_parts: (Monitor, Names, Capabilities),
+    qemu: QemuInstance,
+    options: VmOptions,
+    place: Place,
+    session: Arc<Mutex<()>>,
+    progress: StdMutex<Option<SessionStatus>>,
+    /// What the last status said of the disks.
+    tracking: StdMutex<Vec<TrackingStatus>>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Vm({})", self.inner.name)
+    }
+}
+
+impl Vm {
+    /// What it is called here.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Resolves when QEMU's monitor has closed.
+    pub async fn closed(&self) {
+        self.monitor().closed().await;
+    }
+
+    fn monitor(&self) -> &Monitor {
+        &self.inner.bench_parts.0
+    }
+
+    fn names(&self) -> &Names {
+        &self.inner.bench_parts.1
+    }
+
+    async fn graph(&self) -> Result<Graph, Failure> {
+        graph::discover(self.monitor(), self.names().prefix())
+            .await
+            .map_err(|e| Failure::new(FailureCode::Qemu, e.to_string()))
+    }
+
+    /// The VM's definition and all devices that are or could be taken for a disk.
+    pub async fn disks(&self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
+        Ok((self.inner.machine.clone(), self.graph().await?.disks))
+    }
+
+    /// Waits until no session is open and everything of the last one is cleaned up.
+    pub async fn idle(&self) {
+        let _guard = self.inner.session.lock().await;
+    }
+
+    fn claim(&self) -> Result<OwnedMutexGuard<()>, Failure> {
+        self.inner.session.clone().try_lock_owned().map_err(|_| {
+            let since = self.progress().map(|p| format!(", since {:.0}", p.instant)).unwrap_or_default();
+            Failure::new(
+                FailureCode::Busy,
+                format!("another backup of VM {:?} is running{since}; wait for its end", self.inner.name),
+            )
+        })
+    }
+
+    fn progress(&self) -> Option<SessionStatus> {
+        self.inner.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_progress(&self, change: impl FnOnce(&mut Option<SessionStatus>)) {
+        change(&mut self.inner.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What is decided for each disk, changing nothing.
+    async fn plans(&self, begin: &Begin, graph: &Graph) -> Result<Vec<(Plan, Option<String>)>, Failure> {
+        let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
+        let mut plans = vec![];
+        for disk in select::disks(&graph.disks, begin)? {
+            let log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
+            let verdict = tracking::judge(&log, self.names(), graph, &disk, &self.inner.qemu, &run_state);
+            let reason = verdict.clone().err();
+            let wish = Wish {
+                since: begin.since.get(&disk.name).copied(),
+                full_reason: begin.full_reason.as_deref(),
+                checkpoint: begin.checkpoint,
+            };
+            plans.push((tracking::plan(disk, log, verdict, &wish), reason));
+        }
+        if begin.incremental_only {
+            for (plan, _) in &plans {
+                if let Taken::Full { reason } = &plan.taken
+                    && !plan.disk.read_only
+                {
+                    return Err(Failure::new(
+                        FailureCode::NotIncremental,
+                        format!(
+                            "disk {} cannot be backed up incrementally: {reason}; use --level auto or full",
+                            plan.disk.name
+                        ),
+                    ));
+                }
+            }
+        }
+        Ok(plans)
+    }
+}

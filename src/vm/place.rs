@@ -1,0 +1,248 @@
+//! Where a sidecar keeps things, and the locks that keep it alone.
+//!
+//! ```text
+//! STATE/owner                  our owner id: part of every name that we use inside QEMU
+//!       scratch/               where copy-before-write puts old data (unlinked files)
+//!       vms/VM/lock            flock: one sidecar at a time
+//!              disks/DISK/     the sealed checkpoint log of a disk
+//! RUN/qemu-PID-START.lock      flock: one sidecar per QEMU process, with who holds it
+//!     OWNER8-PID-START/        sockets for this QEMU, and `owed-*` files: debts that carry no name inside QEMU
+//! ```
+//!
+//! RUN is `/run/livebackup` for root, else `$XDG_RUNTIME_DIR/livebackup`: it goes with the host's start, as QEMU does.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::durable::{self, Replace};
+use crate::monitor::Process;
+use crate::repo::layout::directory_of_vm;
+use crate::units::OwnerId;
+use crate::wire::Address as WireAddress;
+use crate::wire::message::{Failure, FailureCode};
+
+/// Longest holder description that is read back.
+const MAX_HOLDER_BYTES: u64 = 4096;
+
+fn failed(what: &str, path: &Path, error: impl std::fmt::Display) -> Failure {
+    Failure::new(FailureCode::Internal, format!("cannot {what} {}: {error}", path.display()))
+}
+
+/// Reads or makes the owner id of a state directory.
+pub fn owner(state: &Path) -> Result<OwnerId, Failure> {
+    let path = state.join("owner");
+    durable::create_dir(state).map_err(|e| failed("use the state directory", state, format!("{e}; see --state")))?;
+    for _ in 0..2 {
+        match fs::read_to_string(&path) {
+            Ok(text) => return text.trim().parse().map_err(|e| failed("understand", &path, e)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                // Whoever comes second reads what the first wrote.
+                let _ = durable::write_file(&path, format!("{}\n", OwnerId::random()).as_bytes(), Replace::No);
+            }
+            Err(e) => return Err(failed("read", &path, e)),
+        }
+    }
+    Err(failed("make", &path, "is the directory writable?"))
+}
+
+/// The directory for locks and sockets.
+pub fn run_dir() -> Result<PathBuf, Failure> {
+    let dir = if nix::unistd::geteuid().is_root() {
+        PathBuf::from("/run/livebackup")
+    } else if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR") {
+        PathBuf::from(dir).join("livebackup")
+    } else {
+        std::env::temp_dir().join(format!("livebackup-{}", nix::unistd::geteuid()))
+    };
+    durable::create_dir(&dir).map_err(|e| failed("use the directory", &dir, e))?;
+    Ok(dir)
+}
+
+/// Who holds a QEMU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Its process.
+    pub pid: i32,
+    /// The monitor that it uses, as its address prints, paths made absolute.
+    pub monitor: String,
+    /// The VM's name there.
+    pub vm: String,
+    /// `HOST:PORT` where it serves clients, if it does.
+    pub served_at: Option<String>,
+}
+
+impl Holder {
+    /// Where it can be talked to.
+    pub fn address(&self) -> Option<WireAddress> {
+        self.served_at.clone().map(|text| match text.strip_prefix("unix:") {
+            Some(path) => WireAddress::Unix(path.into()),
+            None => WireAddress::Tcp(text),
+        })
+    }
+}
+
+/// How a served address is written in a [`Holder`].
+pub fn served_text(address: &WireAddress) -> String {
+    match address {
+        WireAddress::Tcp(text) => text.clone(),
+        WireAddress::Unix(path) => format!("unix:{}", path.display()),
+    }
+}
+
+/// A lock file that is held.
+#[derive(Debug)]
+pub struct Held {
+    file: Flock<File>,
+    path: PathBuf,
+}
+
+/// Takes the lock, or says who has it.
+fn lock(path: &Path) -> Result<Result<Held, Option<Holder>>, Failure> {
+    let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    loop {
+        let file = open().map_err(|e| failed("open the lock", path, e))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => {
+                // The holder before us may have removed the file while we waited for nothing: look again.
+                let same = fs::metadata(path).ok().zip(file.metadata().ok()).is_some_and(|(a, b)| {
+                    use std::os::unix::fs::MetadataExt;
+                    a.ino() == b.ino()
+                });
+                if same {
+                    return Ok(Ok(Held { file, path: path.to_owned() }));
+                }
+            }
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) => return Ok(Err(read_holder(file))),
+            Err((_, e)) => return Err(failed("take the lock", path, e)),
+        }
+    }
+}
+
+fn read_holder(file: File) -> Option<Holder> {
+    let mut text = String::new();
+    file.take(MAX_HOLDER_BYTES).read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+impl Held {
+    fn describe(&mut self, holder: &Holder) -> Result<(), Failure> {
+        let text = serde_json::to_vec(holder).map_err(|e| failed("write", &self.path, e))?;
+        let write = |file: &mut File| file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(&text));
+        write(&mut self.file).map_err(|e| failed("write", &self.path, e))
+    }
+}
+
+/// What is kept for one VM. Both locks go when it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    /// Logs of the disks.
+    pub disks: PathBuf,
+    /// Sockets and debts for this QEMU.
+    pub sockets: PathBuf,
+    _vm: Held,
+    qemu: Held,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Only when empty: a debt or a socket that is still there is the next start's to settle.
+        let _ = fs::remove_dir(&self.sockets);
+        let _ = fs::remove_file(&self.qemu.path);
+    }
+}
+
+/// Why there is no place.
+#[derive(Debug)]
+pub enum Taken {
+    /// By this holder (if it could be read).
+    By(Option<Holder>),
+    /// Something else.
+    Failure(Failure),
+}
+
+impl From<Failure> for Taken {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+/// Makes the place of a VM and takes its locks.
+pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Result<Place, Taken> {
+    let run = run_dir()?;
+    let key = format!("{}-{}", qemu.pid, qemu.start_time);
+    let mut qemu_lock = lock(&run.join(format!("qemu-{key}.lock")))?.map_err(Taken::By)?;
+    qemu_lock.describe(holder)?;
+    let name = directory_of_vm(&holder.vm).map_err(|e| Failure::new(FailureCode::UnknownVm, e.to_string()))?;
+    let dir = state.join("vms").join(name);
+    let disks = dir.join("disks");
+    durable::create_dir(&disks).map_err(|e| failed("make", &disks, e))?;
+    let mut vm_lock = lock(&dir.join("lock"))?.map_err(|other| {
+        Taken::Failure(Failure::new(
+            FailureCode::Busy,
+            match other {
+                Some(h) => format!(
+                    "the state of VM {:?} is in use by process {} for another QEMU of the same name ({}); \
+                     give this one a name of its own with --vm",
+                    h.vm, h.pid, h.monitor
+                ),
+                None => format!("the state in {} is in use by another livebackup", dir.display()),
+            },
+        ))
+    })?;
+    vm_lock.describe(holder)?;
+    let sockets = run.join(format!("{}-{key}", owner.short()));
+    durable::create_dir(&sockets).map_err(|e| failed("make", &sockets, e))?;
+    Ok(Place { disks, sockets, _vm: vm_lock, qemu: qemu_lock })
+}
+
+/// The holder of the QEMU behind this monitor, found without connecting: its monitor may have one place only.
+pub fn holder_of(monitor: &str) -> Option<Holder> {
+    let entries = fs::read_dir(run_dir().ok()?).ok()?;
+    entries.flatten().find_map(|entry| {
+        let path = entry.path();
+        if path.extension()? != "lock" {
+            return None;
+        }
+        let holder = read_holder(File::open(&path).ok()?).filter(|h| h.monitor == monitor)?;
+        // A dead holder's lock can be taken.
+        let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(_) => None,
+            Err(_) => Some(holder),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_stays_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("a/b");
+        let first = owner(&state).unwrap();
+        assert_eq!(owner(&state).unwrap(), first);
+        fs::write(state.join("owner"), "rubbish").unwrap();
+        assert!(owner(&state).unwrap_err().message.contains("owner"));
+    }
+
+    #[test]
+    fn a_place_is_taken_once_and_says_by_whom() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = owner(dir.path()).unwrap();
+        let me = Process::of_pid(std::process::id() as i32).unwrap();
+        let holder = Holder { pid: 7, monitor: format!("/tmp/{id}"), vm: "a/b".into(), served_at: Some("x:1".into()) };
+        let place = take(dir.path(), id, &me, &holder).unwrap();
+        assert!(matches!(take(dir.path(), id, &me, &holder), Err(Taken::By(Some(h))) if h == holder));
+        assert_eq!(holder_of(&holder.monitor), Some(holder.clone()));
+        drop(place);
+        assert_eq!(holder_of(&holder.monitor), None);
+        take(dir.path(), id, &me, &holder).unwrap();
+    }
+}

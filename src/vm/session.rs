@@ -1,0 +1,269 @@
+//! A session: from a client's request to its last event.
+//!
+//! Opening and running are tasks of their own: a caller that goes away in the middle must not leave the guest stopped or a
+//! fleece behind.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
+
+use super::fleece::{Bench, Fleece};
+use super::scratch::ScratchDir;
+use super::transfer::{self, ReadyDisk};
+use super::{Inner, Vm, internal, qemu_failed, tracking, undo};
+use crate::checkpoint::Bitmap;
+use crate::machine::FoundDisk;
+use crate::units::EpochId;
+use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
+
+/// Events that wait for the client in this process.
+const EVENTS_WAITING: usize = 4;
+/// How often the scratch is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(100);
+
+impl Vm {
+    /// Opens a fleece and starts to send. The session ends when its events have been taken, or are dropped; a caller that
+    /// goes away before there is one ends it too.
+    pub async fn begin(&self, begin: Begin) -> Result<Session, Failure> {
+        let guard = self.claim()?;
+        let (reply, answer) = oneshot::channel();
+        let vm = self.clone();
+        tokio::spawn(async move { vm.session(begin, reply, guard).await });
+        answer.await.map_err(|_| internal("the session's task ended before its instant; the log says why"))?
+    }
+
+    async fn session(
+        &self,
+        begin: Begin,
+        reply: oneshot::Sender<Result<Session, Failure>>,
+        guard: OwnedMutexGuard<()>,
+    ) {
+        let start = Instant::now();
+        let (fleece, disks, left_out) = match self.open(&begin).await {
+            Ok(opened) => opened,
+            Err(failure) => {
+                self.clean_up().await;
+                let _ = reply.send(Err(failure));
+                return;
+            }
+        };
+        let prepare_us = start.elapsed().as_micros() as u64;
+        let (ready, disks): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
+        let begun = Begun {
+            machine: self.inner.machine.clone(),
+            instant: fleece.instant,
+            disks,
+            left_out,
+            stopped_us: fleece.stopped.as_micros() as u64,
+        };
+        let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).sum();
+        let progress = SessionStatus { instant: begun.instant, needed_bytes, sent_bytes: 0, scratch_bytes: 0 };
+        self.set_progress(|p| *p = Some(progress));
+        let (events, event_queue) = mpsc::channel(EVENTS_WAITING);
+        let (acks, ack_queue) = mpsc::unbounded_channel();
+        // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
+        let _ = reply.send(Ok(Session { begun, events: event_queue, acks }));
+        let last = self.run(fleece, ready, &events, ack_queue, prepare_us).await;
+        // The VM is free; a client that takes its time with the last word keeps nobody waiting.
+        drop(guard);
+        let _ = events.send(last).await;
+    }
+
+    async fn open(&self, begin: &Begin) -> Result<(Fleece, Vec<(ReadyDisk, BegunDisk)>, Vec<FoundDisk>), Failure> {
+        let (monitor, names, capabilities) = self.inner.bench_parts.clone();
+        let Inner { place, options, .. } = &*self.inner;
+        if !capabilities.can_back_up() {
+            return Err(Failure::new(
+                FailureCode::Qemu,
+                format!("this QEMU ({}) cannot do live backups:\n{capabilities}", capabilities.version),
+            ));
+        }
+        let scratch_dir = options.scratch.clone().unwrap_or_else(|| options.state.join("scratch"));
+        let scratch = ScratchDir::open(&scratch_dir, options.scratch_budget_bytes)?;
+        // A session whose clean-up failed may have left something.
+        self.clean_up_now().await?;
+        let graph = self.graph().await?;
+        if !graph.foreign.is_empty() {
+            return Err(Failure::new(
+                FailureCode::Busy,
+                format!("something else is at work on the disks: {}; wait until it is done", graph.foreign.join("; ")),
+            ));
+        }
+        let mut plans = vec![];
+        let mut reasons = vec![];
+        for (mut plan, reason) in self.plans(begin, &graph).await? {
+            if begin.checkpoint {
+                if let Some(reason) = &reason {
+                    plan.log.end_epoch(reason).map_err(internal)?;
+                }
+                tracking::recover(&monitor, &names, &graph, &plan.disk.node, &plan.log).await.map_err(qemu_failed)?;
+            }
+            reasons.push(reason.unwrap_or_default());
+            plans.push(plan);
+        }
+        let chunk_bytes = u64::from(begin.chunk_bytes);
+        let bench = Bench { monitor, names, capabilities, sockets: place.sockets.clone(), scratch };
+        let mut fleece = Fleece::open(bench, plans, chunk_bytes).await?;
+        let mut disks = vec![];
+        for (i, reason) in reasons.iter().enumerate() {
+            let (epoch, needed) = self.settle(&mut fleece, i, reason, chunk_bytes).await?;
+            let needed_bytes = needed.count_bytes();
+            let ready = transfer::ready(&mut fleece, i, needed, chunk_bytes, options.transport).await?;
+            let plan = &fleece.disks[i].plan;
+            let begun = BegunDisk {
+                disk: plan.disk.clone(),
+                checkpoint: plan.track.next(),
+                epoch,
+                taken: plan.taken.clone(),
+                needed_bytes,
+            };
+            disks.push((ready, begun));
+        }
+        let left_out =
+            graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
+        crate::fault::point("vm.begun");
+        Ok((fleece, disks, left_out))
+    }
+
+    /// Harvest, seal, forget; gives the needed set in whole chunks.
+    async fn settle(
+        &self,
+        fleece: &mut Fleece,
+        i: usize,
+        reason: &str,
+        chunk_bytes: u64,
+    ) -> Result<(Option<EpochId>, Bitmap), Failure> {
+        let harvest = fleece.harvest(i).await?;
+        let (time, qemu) = (fleece.instant, self.inner.qemu.clone());
+        let plan = &mut fleece.disks[i].plan;
+        // Files of a few KiB, flushed: not worth a thread, and the fleece waits for nothing else.
+        let epoch = tokio::task::block_in_place(|| tracking::settle(plan, harvest.as_ref(), time, &qemu, reason))?;
+        let mut needed = match (&plan.sealed, &harvest) {
+            (Some(sealed), Some(harvest)) => {
+                let mut needed = sealed.clone();
+                needed.union_with(harvest).map_err(internal)?;
+                needed
+            }
+            _ => Bitmap::full(plan.disk.size_bytes),
+        };
+        needed.round_out(chunk_bytes);
+        fleece.forget_old(i).await?;
+        Ok((epoch, needed))
+    }
+
+    async fn run(
+        &self,
+        fleece: Fleece,
+        disks: Vec<ReadyDisk>,
+        events: &mpsc::Sender<Result<Event, Failure>>,
+        mut acks: mpsc::UnboundedReceiver<Ack>,
+        prepare_us: u64,
+    ) -> Result<Event, Failure> {
+        let start = Instant::now();
+        let mut totals = Totals { prepare_us, ..Totals::default() };
+        let mut peak = 0;
+        let outcome = {
+            let sending = async {
+                for (i, disk) in disks.iter().enumerate() {
+                    let progress = |sent: transfer::Sent| {
+                        totals.data_bytes += sent.data_bytes;
+                        totals.zero_bytes += sent.zero_bytes;
+                        self.set_progress(|p| {
+                            if let Some(p) = p {
+                                p.sent_bytes += sent.data_bytes + sent.zero_bytes;
+                            }
+                        });
+                    };
+                    transfer::send(disk, i as u16, events, progress).await?;
+                }
+                // Still under watch: a client that does not take it must not keep the fleece.
+                events.send(Ok(Event::Sent)).await.map_err(|_| transfer::left())
+            };
+            tokio::select! {
+                biased;
+                sent = sending => sent,
+                broken = self.watch(&fleece, &mut peak) => Err(broken),
+                () = events.closed() => Err(transfer::left()),
+                () = transfer::discard_acknowledged(&disks, &mut acks) => Err(transfer::left()),
+            }
+        };
+        totals.transfer_us = start.elapsed().as_micros() as u64;
+        totals.scratch_peak_bytes = peak.max(fleece.scratch_bytes());
+        crate::fault::point("vm.sent");
+        totals.warnings = self.close(fleece, disks).await;
+        self.set_progress(|p| *p = None);
+        tracing::info!(vm = self.inner.name, ?totals, "session over");
+        outcome.map(|()| Event::End(totals))
+    }
+
+    /// Looks at the scratch and the monitor until the fleece must let go.
+    async fn watch(&self, fleece: &Fleece, peak: &mut u64) -> Failure {
+        let look = async {
+            loop {
+                tokio::time::sleep(WATCH_EVERY).await;
+                let used = fleece.scratch_bytes();
+                *peak = used.max(*peak);
+                self.set_progress(|p| {
+                    if let Some(p) = p {
+                        p.scratch_bytes = used;
+                    }
+                });
+                if let Some(why) = fleece.bench().scratch.exhausted(used) {
+                    return Failure::new(
+                        FailureCode::NoSpace,
+                        format!("the point in time was given up for the guest's sake: {why}"),
+                    );
+                }
+            }
+        };
+        tokio::select! {
+            failure = look => failure,
+            () = self.closed() => Failure::new(FailureCode::Qemu, "QEMU ended, or closed its monitor, during the backup"),
+        }
+    }
+
+    /// Closes the sources and takes the fleece out of QEMU. Gives warnings.
+    async fn close(&self, fleece: Fleece, disks: Vec<ReadyDisk>) -> Vec<String> {
+        let mut warnings = vec![];
+        let mut after = vec![];
+        for disk in disks {
+            match Arc::into_inner(disk.source) {
+                Some(transfer::Source::Vhost(source)) => {
+                    if let Err(held) = source.close().await {
+                        warnings.push(held.to_string());
+                    }
+                }
+                Some(nbd) => after.push(nbd),
+                None => {}
+            }
+        }
+        crate::fault::point("vm.closing");
+        let files: Vec<_> = fleece.disks.iter().filter_map(|d| d.scratch.as_ref()?.try_clone().ok()).collect();
+        if let Err(failure) = self.clean_up_now().await {
+            warnings.push(failure.message);
+        }
+        for file in files {
+            // QEMU 7.2 keeps a passed descriptor while the guest does not run; its space need not be kept.
+            let _ = file.set_len(0);
+        }
+        drop(after);
+        warnings
+    }
+
+    pub(super) async fn clean_up_now(&self) -> Result<(), Failure> {
+        let removed = undo::remove_all(self.monitor(), self.names(), &self.inner.place.sockets).await;
+        removed.map(drop).map_err(|e| {
+            Failure::new(
+                FailureCode::Qemu,
+                format!("the fleece could not be taken out of QEMU, the next start tries again: {e}"),
+            )
+        })
+    }
+
+    async fn clean_up(&self) {
+        if let Err(failure) = self.clean_up_now().await {
+            tracing::error!(vm = self.inner.name, "{failure}");
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Status and detach.
+
+use std::sync::PoisonError;
+
+use super::{Vm, internal, qemu_failed, tracking, undo};
+use crate::machine::Verdict;
+use crate::monitor;
+use crate::units::human_bytes;
+use crate::wire::message::{Failure, TrackingStatus, VmStatus};
+
+impl Vm {
+    /// State for people and programs.
+    pub async fn status(&self) -> VmStatus {
+        let (state, graph) = match (monitor::run_state(self.monitor()).await, self.graph().await) {
+            (Ok(state), Ok(graph)) => (state, Some(graph)),
+            (Ok(state), Err(_)) => (state, None),
+            (Err(e), _) => (format!("unreachable: {e}"), None),
+        };
+        // Opening a log mends it, which must not meet a session that seals: during one, the last look is shown.
+        let Ok(_guard) = self.claim() else {
+            let disks = self.inner.tracking.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            return self.vm_status(state, disks);
+        };
+        let mut disks = vec![];
+        for found in graph.iter().flat_map(|g| &g.disks).filter(|d| d.verdict == Verdict::Protectable) {
+            let Ok(log) = tracking::open_log(&self.inner.place.disks, &found.disk.name) else { continue };
+            let epoch = log.epoch();
+            let live = epoch.and_then(|e| graph.as_ref()?.bitmap(&found.disk.node, &self.names().since(e.last)));
+            disks.push(TrackingStatus {
+                disk: found.disk.name.clone(),
+                epoch: epoch.map(|e| e.id),
+                checkpoint_number: epoch.map(|e| e.number),
+                checkpoint_time: log.checkpoints().last().map(|h| h.time),
+                dirty_bytes: live.map(|b| b.count_bytes),
+                last_end: log.last_end().map(|e| format!("{:.0}: {}", e.time, e.reason)),
+            });
+        }
+        self.inner.tracking.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&disks);
+        self.vm_status(state, disks)
+    }
+
+    fn vm_status(&self, state: String, disks: Vec<TrackingStatus>) -> VmStatus {
+        let qemu_version = Some(self.inner.machine.qemu_version.clone());
+        VmStatus { vm: self.inner.name.clone(), state, qemu_version, session: self.progress(), disks }
+    }
+
+    /// Takes everything of ours out of QEMU, bitmaps too, and ends the epochs. Says what it removed.
+    pub async fn detach(&self) -> Result<Vec<String>, Failure> {
+        let _guard = self.claim()?;
+        let (monitor, names) = (self.monitor(), self.names());
+        let mut removed = undo::remove_all(monitor, names, &self.inner.place.sockets).await.map_err(qemu_failed)?;
+        let graph = self.graph().await?;
+        for found in &graph.disks {
+            let mut log = tracking::open_log(&self.inner.place.disks, &found.disk.name)?;
+            log.end_epoch("livebackup was detached from the virtual machine").map_err(internal)?;
+        }
+        for node in graph.node_names() {
+            for bitmap in graph.bitmaps(node) {
+                if let Some(name) = bitmap.name.as_deref().filter(|n| names.is_ours(n)) {
+                    tracking::remove_bitmap(monitor, node, name).await.map_err(qemu_failed)?;
+                    removed.push(format!("bitmap {name} of {node} ({} dirty)", human_bytes(bitmap.count_bytes)));
+                }
+            }
+        }
+        Ok(removed)
+    }
+}

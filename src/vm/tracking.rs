@@ -1,0 +1,267 @@
+//! Tracking: which bitmaps are in QEMU, what they mean, and what a backup must read.
+//!
+//! ```text
+//!  log:   … C(n-1) ──── C(n) = head                      C(n+1) = next
+//!  QEMU:               since-C(n) records ─────────────┐
+//!                                    since-C(n+1) ──────┴── records
+//!                                                 instant
+//! ```
+//!
+//! The bitmap `since-C` records what is written after checkpoint C. The next one is added before the instant and the old
+//! one disabled after it, so a write between is in both. The old one is read, sealed as C(n+1)'s bitmap, and only then
+//! removed. Whoever dies in between, the other still has it:
+//!
+//! * died before the seal: QEMU has both, the log's head is C(n). [`recover`] makes `since-C(n)` record again and
+//!   merges the younger one into it;
+//! * died after the seal: QEMU has both, the head is C(n+1). The older one is removed.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::evidence::{self, Recording, Seen};
+use super::graph::Graph;
+use super::names::Names;
+use super::{internal, qemu_failed};
+use crate::checkpoint::{Bitmap, EpochStart, Log, QemuInstance, Sealed};
+use crate::machine::Disk;
+use crate::monitor::{Monitor, MonitorError};
+use crate::repo::layout::directory_of_vm;
+use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
+use crate::wire::message::{Failure, Taken};
+
+/// What a checkpoint of a disk needs of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Track {
+    /// No checkpoint is taken.
+    No,
+    /// The epoch goes on: from its last checkpoint to the next.
+    Continue {
+        /// The epoch's last checkpoint.
+        head: CheckpointId,
+        /// The one to be taken.
+        next: CheckpointId,
+    },
+    /// A new epoch begins with this checkpoint.
+    Begin {
+        /// The one to be taken.
+        next: CheckpointId,
+    },
+}
+
+impl Track {
+    /// The checkpoint to be taken.
+    pub fn next(&self) -> Option<CheckpointId> {
+        match self {
+            Track::No => None,
+            Track::Continue { next, .. } | Track::Begin { next } => Some(*next),
+        }
+    }
+
+    /// The checkpoint whose bitmap records now.
+    pub fn head(&self) -> Option<CheckpointId> {
+        match self {
+            Track::Continue { head, .. } => Some(*head),
+            _ => None,
+        }
+    }
+}
+
+/// The log of a disk.
+pub fn open_log(disks: &Path, disk: &str) -> Result<Log, Failure> {
+    let name = directory_of_vm(disk).map_err(internal)?;
+    Log::open(&disks.join(name)).map_err(internal)
+}
+
+/// Whether the log's epoch goes on, and why not.
+pub fn judge(
+    log: &Log,
+    names: &Names,
+    graph: &Graph,
+    disk: &Disk,
+    qemu: &QemuInstance,
+    run_state: &str,
+) -> Result<(), String> {
+    let Some(epoch) = log.epoch() else {
+        return Err(match log.last_end() {
+            Some(end) => format!("tracking was interrupted: {}", end.reason),
+            None => "the disk was not tracked before".into(),
+        });
+    };
+    let head = graph.bitmap(&disk.node, &names.since(epoch.last));
+    let younger = || {
+        let ours = graph.bitmaps(&disk.node).iter().filter(|b| b.recording);
+        let mut ids = ours.filter_map(|b| names.checkpoint_of(b.name.as_deref()?));
+        ids.any(|id| id != epoch.last && !log.checkpoints().iter().any(|h| h.id == id))
+    };
+    let bitmap = match head {
+        None => Recording::Missing,
+        Some(b) if b.inconsistent => Recording::Missing,
+        Some(b) if b.recording || younger() => Recording::Unbroken,
+        Some(_) => Recording::Stopped,
+    };
+    let sentinel = graph.bitmap(&disk.node, &names.sentinel()).is_some_and(|b| !b.recording && b.count_bytes > 0);
+    let seen = Seen {
+        qemu,
+        run_state,
+        node: &disk.node,
+        size_bytes: disk.size_bytes,
+        shared: disk.shared.as_deref(),
+        bitmap,
+        sentinel,
+    };
+    evidence::decide(epoch, &seen)
+}
+
+/// Brings QEMU's bitmaps of a disk to what the log says: `since-HEAD` and the sentinel, nothing else of ours. Without a
+/// head all of ours go.
+pub async fn recover(
+    monitor: &Monitor,
+    names: &Names,
+    graph: &Graph,
+    node: &str,
+    log: &Log,
+) -> Result<(), MonitorError> {
+    let head = log.last();
+    for bitmap in graph.bitmaps(node) {
+        let Some(name) = bitmap.name.as_deref().filter(|n| names.is_ours(n)) else { continue };
+        let id = names.checkpoint_of(name);
+        match head {
+            Some(head) if id == Some(head) || (id.is_none() && name == names.sentinel()) => {}
+            // Younger than the head and never sealed: what it recorded belongs to the head's. The head records again
+            // before the other stops, all at once.
+            Some(head) if id.is_some_and(|id| !log.checkpoints().iter().any(|h| h.id == id)) => {
+                let target = names.since(head);
+                let actions = json!({"actions": [
+                    {"type": "block-dirty-bitmap-enable", "data": {"node": node, "name": target}},
+                    {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": target, "bitmaps": [name]}},
+                    {"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}},
+                ]});
+                monitor.raw("transaction", actions).await?;
+            }
+            _ => remove_bitmap(monitor, node, name).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Removes a bitmap; one that is gone already is no error.
+pub async fn remove_bitmap(monitor: &Monitor, node: &str, name: &str) -> Result<(), MonitorError> {
+    match monitor.raw("block-dirty-bitmap-remove", json!({"node": node, "name": name})).await {
+        Err(e) if e.refusal().is_some() => {
+            tracing::warn!(node, name, "QEMU does not remove the bitmap: {e}");
+            Ok(())
+        }
+        other => other.map(drop),
+    }
+}
+
+/// Adds a bitmap with our granularity.
+pub async fn add_bitmap(
+    monitor: &Monitor,
+    node: &str,
+    name: &str,
+    granularity: u64,
+    disabled: bool,
+) -> Result<Value, MonitorError> {
+    let arguments = json!({"node": node, "name": name, "granularity": granularity, "disabled": disabled});
+    monitor.raw("block-dirty-bitmap-add", arguments).await
+}
+
+/// Merges bitmaps, each a (node, name), into a target.
+pub async fn merge(monitor: &Monitor, target: (&str, &str), sources: &[(&str, &str)]) -> Result<(), MonitorError> {
+    let bitmaps: Vec<_> = sources.iter().map(|(node, name)| json!({"node": node, "name": name})).collect();
+    let arguments = json!({"node": target.0, "target": target.1, "bitmaps": bitmaps});
+    monitor.raw("block-dirty-bitmap-merge", arguments).await.map(drop)
+}
+
+/// A disk's part of a backup.
+#[derive(Debug)]
+pub struct Plan {
+    /// The disk.
+    pub disk: Disk,
+    /// Its log.
+    pub log: Log,
+    /// Whole or since a checkpoint.
+    pub taken: Taken,
+    /// For an incremental: what was sealed since the client's checkpoint, up to the head.
+    pub sealed: Option<Bitmap>,
+    /// What happens to the log.
+    pub track: Track,
+}
+
+/// What the client asks for one disk.
+#[derive(Clone, Debug)]
+pub struct Wish<'a> {
+    /// The checkpoint that it has.
+    pub since: Option<CheckpointId>,
+    /// Why it has none.
+    pub full_reason: Option<&'a str>,
+    /// Whether a checkpoint is to be taken.
+    pub checkpoint: bool,
+}
+
+/// Decides what happens to a disk, from the verdict on its epoch. Changes nothing.
+pub fn plan(disk: Disk, log: Log, verdict: Result<(), String>, wish: &Wish<'_>) -> Plan {
+    let full = |reason: String| (Taken::Full { reason }, None);
+    let can_track = !disk.read_only && disk.shared.is_none();
+    let (taken, sealed) = match (wish.since, &verdict) {
+        _ if disk.read_only => full("the guest cannot write to it, so nothing is tracked".into()),
+        _ if disk.shared.is_some() => {
+            full(format!("the medium is shared: {}", disk.shared.as_deref().unwrap_or_default()))
+        }
+        (None, _) => full(wish.full_reason.unwrap_or("a full backup was asked for").to_owned()),
+        (Some(_), _) if !wish.checkpoint => full("without a checkpoint a disk is taken whole".into()),
+        (Some(_), Err(reason)) => full(reason.clone()),
+        (Some(since), Ok(())) => match log.since(since) {
+            Ok(sealed) => (Taken::Incremental { since }, Some(sealed)),
+            Err(unknown) => full(unknown.to_string()),
+        },
+    };
+    let next = CheckpointId::random();
+    let track = match (log.last(), verdict) {
+        _ if !wish.checkpoint || !can_track => Track::No,
+        (Some(head), Ok(())) => Track::Continue { head, next },
+        _ => Track::Begin { next },
+    };
+    Plan { disk, log, taken, sealed, track }
+}
+
+/// Makes the log follow what was done at the instant: seals, or begins an epoch. Blocks on files.
+pub fn settle(
+    plan: &mut Plan,
+    harvest: Option<&Bitmap>,
+    time: Timestamp,
+    qemu: &QemuInstance,
+    reason: &str,
+) -> Result<Option<EpochId>, Failure> {
+    match plan.track {
+        Track::No => return Ok(None),
+        Track::Continue { head, next } => {
+            let bitmap = harvest.ok_or_else(|| internal("the bitmap of the last checkpoint was not read"))?;
+            let number = plan.log.next_number();
+            plan.log.seal(Sealed { id: next, prev: Some(head), number, time, bitmap }).map_err(internal)?;
+        }
+        Track::Begin { next } => {
+            let start = EpochStart {
+                id: EpochId::random(),
+                first: next,
+                time,
+                size_bytes: plan.disk.size_bytes,
+                qemu: qemu.clone(),
+                node: plan.disk.node.clone(),
+            };
+            plan.log.begin_epoch(start, reason).map_err(internal)?;
+        }
+    }
+    Ok(plan.log.epoch().map(|e| e.id))
+}
+
+/// Adds the sentinel: a disabled bitmap with the bit of the last granule, which a shrink cuts off. `helper` is a node of
+/// the disk's size with a bitmap that has just that bit.
+pub async fn set_sentinel(monitor: &Monitor, names: &Names, node: &str, source: (&str, &str)) -> Result<(), Failure> {
+    let name = names.sentinel();
+    add_bitmap(monitor, node, &name, GRANULE_BYTES, true).await.map_err(qemu_failed)?;
+    merge(monitor, (node, &name), &[source]).await.map_err(qemu_failed)
+}

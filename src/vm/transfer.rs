@@ -1,0 +1,285 @@
+//! Transfer: the needed set of an open fleece, read and handed to the client as events.
+//!
+//! Disk by disk, in ascending order, in pieces of up to 1 MiB with a few reads under way. What the client acknowledges is
+//! discarded from the fleece, so that the guest's writes there cost nothing any more and the scratch shrinks. Bytes in
+//! flight are bounded by the source; a client that stops reading stops the reader, and the scratch's limits end it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+
+use super::Transport;
+use super::fleece::Fleece;
+use super::internal;
+use crate::block::{BlockSource, BoxFuture, SourceError, SourceRules};
+use crate::checkpoint::Bitmap;
+use crate::extent::Extent;
+use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
+use crate::nbd::{self, NbdSource, SourceOptions};
+use crate::units::{GRANULE_BYTES, MIB};
+use crate::vhost::VhostSource;
+use crate::wire::message::{Ack, Event, Failure, FailureCode};
+
+/// Bytes in flight of one session, shared by its disks.
+const IN_FLIGHT_BYTES: u64 = 32 * MIB;
+/// Bytes in flight of one disk.
+const DISK_IN_FLIGHT_BYTES: u64 = 16 * MIB;
+/// Reads under way at once.
+const READS: usize = 12;
+
+/// A source of either transport, to be closed in its own way.
+pub enum Source {
+    /// Closed before its export is deleted.
+    Vhost(VhostSource),
+    /// Closed after its export is deleted.
+    Nbd(NbdSource),
+}
+
+impl Source {
+    fn block(&self) -> &dyn BlockSource {
+        match self {
+            Source::Vhost(source) => source,
+            Source::Nbd(source) => source,
+        }
+    }
+
+    fn read(&self, extent: Extent) -> BoxFuture<'_, Result<Bytes, SourceError>> {
+        self.block().read(extent)
+    }
+}
+
+/// A disk that is ready to be read.
+pub struct ReadyDisk {
+    /// Where its bytes come from.
+    pub source: Arc<Source>,
+    /// What must be read, in whole chunks.
+    pub needed: Bitmap,
+    /// What of it may be something else than zeroes, in whole chunks.
+    pub data: Bitmap,
+    /// Whether the source takes discards.
+    discards: bool,
+    name: String,
+}
+
+/// Opens the source of a disk, over the transport that this QEMU and the options allow.
+pub async fn ready(
+    fleece: &mut Fleece,
+    i: usize,
+    needed: Bitmap,
+    chunk_bytes: u64,
+    transport: Transport,
+) -> Result<ReadyDisk, Failure> {
+    let disk = fleece.disks[i].plan.disk.clone();
+    let capabilities = fleece.bench().capabilities.clone();
+    let node = fleece.show(i).await?;
+    let mut data = fleece.data(i, &node).await?;
+    data.round_out(chunk_bytes);
+    let count = fleece.disks.len() as u64;
+    let rules = SourceRules {
+        boundary_bytes: capabilities.snapshot_boundary_bytes,
+        in_flight_bytes: (IN_FLIGHT_BYTES / count).clamp(2 * MIB, DISK_IN_FLIGHT_BYTES),
+    };
+    // QEMU's vhost-user-blk export of a node that cannot be written to is refused by its readers.
+    let vhost = capabilities.vhost_user_blk && !disk.read_only && transport != Transport::Nbd;
+    let source = if vhost {
+        let socket = fleece.export_vhost(i, &node).await?;
+        let size_bytes = disk.size_bytes;
+        let connected = tokio::task::spawn_blocking(move || VhostSource::connect(&socket, size_bytes, rules)).await;
+        Source::Vhost(connected.map_err(internal)?.map_err(internal)?)
+    } else {
+        if disk.iothread && !capabilities.nbd_safe_in_iothread {
+            return Err(Failure::new(
+                FailureCode::Qemu,
+                format!(
+                    "disk {} runs in an iothread, and this QEMU ({}) aborts when a reader of such a disk's NBD export goes \
+                     away; leave it out with --exclude {}, use QEMU 10, or a QEMU with vhost-user-blk exports",
+                    disk.name, capabilities.version, disk.name
+                ),
+            ));
+        }
+        let (socket, export) = fleece.export_nbd(i, &node).await?;
+        let options = SourceOptions {
+            address: nbd::Address::Unix(socket),
+            export,
+            connections: 2,
+            rules,
+            request_bytes: Some(GRANULE_BYTES),
+            connect: Default::default(),
+        };
+        Source::Nbd(NbdSource::open(&options).await.map_err(internal)?)
+    };
+    Ok(ReadyDisk { source: Arc::new(source), needed, data, discards: !disk.read_only, name: disk.name })
+}
+
+/// A run of the needed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Run {
+    Data(Extent),
+    Zero(Extent),
+}
+
+/// The needed set, in order, cut into what is read and what is known to be zero. Made as it is asked for: a large disk in
+/// small pieces has millions of runs.
+fn runs<'a>(needed: &'a Bitmap, data: &'a Bitmap) -> impl Iterator<Item = Run> + use<'a> {
+    let mut needs = needed.extents();
+    let mut data = data.extents().peekable();
+    let mut left: Option<Extent> = None;
+    std::iter::from_fn(move || {
+        let need = left.take().or_else(|| needs.next())?;
+        let at = need.offset_bytes;
+        while data.peek().is_some_and(|d| d.end() <= at) {
+            data.next();
+        }
+        let run = match data.peek() {
+            Some(d) if d.offset_bytes <= at => Run::Data(Extent::between(at, d.end().min(need.end()))),
+            Some(d) => Run::Zero(Extent::between(at, d.offset_bytes.min(need.end()))),
+            None => Run::Zero(need),
+        };
+        let (Run::Data(extent) | Run::Zero(extent)) = run;
+        left = (extent.end() < need.end()).then(|| Extent::between(extent.end(), need.end()));
+        Some(run)
+    })
+}
+
+/// Cuts data into what one read may ask for.
+fn pieces(run: Run) -> impl Iterator<Item = Run> {
+    let (Run::Data(extent) | Run::Zero(extent)) = run;
+    let longest = match run {
+        Run::Data(_) => MAX_READ_BYTES,
+        Run::Zero(_) => u64::MAX,
+    };
+    extent.split_at_multiples(longest).map(move |piece| match run {
+        Run::Data(_) => Run::Data(piece),
+        Run::Zero(_) => Run::Zero(piece),
+    })
+}
+
+/// What was sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sent {
+    /// As data.
+    pub data_bytes: u64,
+    /// As zeroes.
+    pub zero_bytes: u64,
+}
+
+/// Sends one disk. `sent` is told of every event.
+pub async fn send(
+    ready: &ReadyDisk,
+    disk: u16,
+    events: &mpsc::Sender<Result<Event, Failure>>,
+    mut sent: impl FnMut(Sent),
+) -> Result<(), Failure> {
+    let reads = futures_util::stream::iter(runs(&ready.needed, &ready.data).flat_map(pieces)).map(|run| async move {
+        match run {
+            Run::Zero(extent) => Ok(Event::Zero { disk, extent }),
+            Run::Data(extent) => {
+                let bytes = ready.source.read(extent).await?;
+                Ok(if is_zero(&bytes) {
+                    Event::Zero { disk, extent }
+                } else {
+                    Event::Data { disk, offset_bytes: extent.offset_bytes, bytes }
+                })
+            }
+        }
+    });
+    let mut reads = std::pin::pin!(reads.buffered(READS));
+    while let Some(event) = reads.next().await {
+        let event = event.map_err(|e| broken(&ready.name, &e))?;
+        let now = match &event {
+            Event::Data { bytes, .. } => Sent { data_bytes: bytes.len() as u64, zero_bytes: 0 },
+            Event::Zero { extent, .. } => Sent { data_bytes: 0, zero_bytes: extent.len_bytes },
+            _ => Sent::default(),
+        };
+        events.send(Ok(event)).await.map_err(|_| left())?;
+        sent(now);
+        crate::fault::point("transfer.sent");
+    }
+    Ok(())
+}
+
+/// Whether all bytes are zero. Reads words from the front, so that data is told from its first bytes.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(4096).all(|piece| piece.iter().fold(0, |seen, byte| seen | byte) == 0)
+}
+
+fn broken(disk: &str, error: &SourceError) -> Failure {
+    Failure::new(
+        FailureCode::Broken,
+        format!(
+            "the point in time of disk {disk} was lost ({error}): its scratch was full or too slow, or somebody changed the \
+             disk's chain; the guest was not harmed; run the backup again, with --scratch on a faster or larger file system"
+        ),
+    )
+}
+
+/// The client went away.
+pub fn left() -> Failure {
+    Failure::new(FailureCode::Disconnected, "the client left before it had everything")
+}
+
+/// Discards what is acknowledged, as whole granules; runs until the session drops the other end.
+pub async fn discard_acknowledged(disks: &[ReadyDisk], acks: &mut mpsc::UnboundedReceiver<Ack>) {
+    let mut acknowledged: Vec<_> = disks.iter().map(|d| Bitmap::new(d.needed.size_bytes())).collect();
+    while let Some(ack) = acks.recv().await {
+        let Some((disk, done)) = disks.get(usize::from(ack.disk)).zip(acknowledged.get_mut(usize::from(ack.disk)))
+        else {
+            continue;
+        };
+        if !disk.discards {
+            continue;
+        }
+        let whole_bytes = disk.needed.size_bytes() / GRANULE_BYTES * GRANULE_BYTES;
+        for extent in ack.extents.iter().filter(|e| e.fits(disk.needed.size_bytes())) {
+            let start = extent.offset_bytes.next_multiple_of(GRANULE_BYTES);
+            let end = (extent.end() / GRANULE_BYTES * GRANULE_BYTES).min(whole_bytes);
+            if start >= end || done.intersects(Extent::between(start, end)) {
+                continue;
+            }
+            done.set(Extent::between(start, end));
+            for piece in Extent::between(start, end).split_at_multiples(MAX_DISCARD_BYTES) {
+                if let Err(error) = disk.source.block().discard(piece).await {
+                    // The fleece goes on copying there: slower, not wrong.
+                    tracing::debug!(disk = disk.name, "a discard failed: {error}");
+                }
+            }
+        }
+    }
+    // Nothing more will be acknowledged: let the transfer decide when it is over.
+    std::future::pending::<()>().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_cover_the_needed_set_and_read_all_data(
+            size in 1u64..(1 << 22), needed in prop::collection::vec((0u64..64, 1u64..8), 0..12),
+            data in prop::collection::vec((0u64..64, 1u64..8), 0..12),
+        ) {
+            let bitmap = |list: &[(u64, u64)]| {
+                let mut b = Bitmap::new(size);
+                list.iter().for_each(|(at, len)| b.set(Extent::new(at * GRANULE_BYTES, len * GRANULE_BYTES)));
+                b
+            };
+            let (needed, data) = (bitmap(&needed), bitmap(&data));
+            let (mut covered, mut at) = (Bitmap::new(size), 0);
+            for run in runs(&needed, &data) {
+                let (Run::Data(extent) | Run::Zero(extent)) = run;
+                prop_assert!(extent.len_bytes > 0 && extent.offset_bytes >= at);
+                at = extent.end();
+                covered.set(extent);
+                match run {
+                    Run::Data(e) => prop_assert!(e.split_at_multiples(GRANULE_BYTES).all(|g| data.is_set(g.offset_bytes))),
+                    Run::Zero(e) => prop_assert!(!data.intersects(e)),
+                }
+            }
+            prop_assert_eq!(covered, needed);
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Undo: taking what is ours out of QEMU again. One way for the end of every session and for the start after a crash.
+//!
+//! | what we add | how it is found again | its inverse |
+//! |---|---|---|
+//! | `stop` | debt file `owed-cont`, and the guardian | `cont` |
+//! | NBD server | debt file `owed-nbd` | `nbd-server-stop` |
+//! | named scratch file | debt file `owed-scratch-N`, with its path | remove it |
+//! | export | its id | `block-export-del` |
+//! | snapshot, helper, scratch node | its name | `blockdev-del` |
+//! | filter | its name; the edge to its file child says what was below | `qom-set drive`, `blockdev-del` |
+//! | descriptor set | its label | `remove-fd` |
+//! | bitmap | its name | removed by [tracking](super::tracking) when the log does not need it |
+//!
+//! A debt file is written before the step and removed after its inverse. It needs no fsync: it outlives our death in the
+//! page cache, and QEMU does not outlive the host's.
+//!
+//! Order: exports, NBD server, snapshots, filters, scratch, helpers, descriptors. Every step may find its work done.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::names::Names;
+use crate::monitor::{Monitor, MonitorError};
+use crate::vhost::{self, VhostError};
+
+/// How long a hard-deleted export may take to go.
+const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a reader that left may take to be let go.
+const READER_GOES_WITHIN: Duration = Duration::from_secs(5);
+
+/// What can be owed besides what carries our name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Debt {
+    /// The guest is stopped by us.
+    Cont,
+    /// We started QEMU's NBD server.
+    Nbd,
+}
+
+/// The debts of one VM.
+#[derive(Clone, Debug)]
+pub struct Debts {
+    dir: PathBuf,
+}
+
+impl Debts {
+    /// Debts are files in this directory.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// The file that stands for a debt.
+    pub fn path(&self, debt: Debt) -> PathBuf {
+        self.dir.join(match debt {
+            Debt::Cont => "owed-cont",
+            Debt::Nbd => "owed-nbd",
+        })
+    }
+
+    /// Writes a debt down. Call it before the step.
+    pub fn owe(&self, debt: Debt) -> std::io::Result<()> {
+        std::fs::write(self.path(debt), b"")
+    }
+
+    /// Strikes a debt out. Call it after the inverse.
+    pub fn paid(&self, debt: Debt) {
+        let _ = std::fs::remove_file(self.path(debt));
+    }
+
+    /// Whether it is owed.
+    pub fn owed(&self, debt: Debt) -> bool {
+        self.path(debt).exists()
+    }
+
+    /// Writes down that this file must go.
+    pub fn owe_file(&self, disk: usize, path: &Path) -> std::io::Result<()> {
+        std::fs::write(self.dir.join(format!("owed-scratch-{disk}")), path.as_os_str().as_encoded_bytes())
+    }
+
+    /// Removes the files that must go.
+    pub fn pay_files(&self) {
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b"owed-scratch-") {
+                use std::os::unix::ffi::OsStrExt;
+                if let Ok(path) = std::fs::read(entry.path()) {
+                    let _ = std::fs::remove_file(std::ffi::OsStr::from_bytes(&path));
+                }
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+/// Lets a guest go that we stopped, if it is stopped still.
+pub async fn resume(monitor: &Monitor, debts: &Debts) -> Result<bool, MonitorError> {
+    if !debts.owed(Debt::Cont) {
+        return Ok(false);
+    }
+    let paused = monitor.raw("query-status", json!({})).await?["status"] == "paused";
+    if paused {
+        monitor.raw("cont", json!({})).await?;
+    }
+    debts.paid(Debt::Cont);
+    Ok(paused)
+}
+
+/// [`resume`] until it is done or the monitor is gone: a `stop` that flushes for long makes commands run out of time, and
+/// while we hold the monitor nobody else can let the guest go.
+pub async fn resume_whatever_it_takes(monitor: &Monitor, debts: &Debts) -> Result<bool, MonitorError> {
+    loop {
+        match resume(monitor, debts).await {
+            Err(e) if !monitor.is_closed() => {
+                tracing::error!("the guest is stopped and does not go on yet, trying again: {e}");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Takes out everything of ours but bitmaps. Says in words what it removed.
+///
+/// # Errors
+/// The first step that QEMU refused. What comes after it stays; the next call goes on.
+pub async fn remove_all(monitor: &Monitor, names: &Names, sockets: &Path) -> Result<Vec<String>, MonitorError> {
+    let debts = Debts::new(sockets);
+    let mut removed = vec![];
+    if resume(monitor, &debts).await? {
+        removed.push("let the guest go on, which had been stopped".to_owned());
+    }
+    for export in ours(&monitor.raw("query-block-exports", json!({})).await?, "id", names) {
+        remove_export(monitor, &export, sockets).await?;
+        removed.push(format!("export {export}"));
+    }
+    if debts.owed(Debt::Nbd) {
+        let others = monitor.raw("query-block-exports", json!({})).await?;
+        let in_use = others.as_array().is_some_and(|all| all.iter().any(|e| e["type"] == "nbd"));
+        if !in_use {
+            // It may never have started.
+            refusal_is_fine(monitor.raw("nbd-server-stop", json!({})).await)?;
+        }
+        debts.paid(Debt::Nbd);
+    }
+    let nodes = named_nodes(monitor, names).await?;
+    for node in nodes.iter().filter(|n| n.starts_with(&format!("{}snap", names.prefix()))) {
+        monitor.raw("blockdev-del", json!({"node-name": node})).await?;
+        removed.push(format!("node {node}"));
+    }
+    for filter in nodes.iter().filter(|n| names.is_filter(n)) {
+        remove_filter(monitor, filter).await?;
+        removed.push(format!("filter {filter}"));
+        crate::fault::point("undo.filter");
+    }
+    for node in named_nodes(monitor, names).await? {
+        monitor.raw("blockdev-del", json!({"node-name": node})).await?;
+        removed.push(format!("node {node}"));
+    }
+    remove_descriptors(monitor, names).await?;
+    debts.pay_files();
+    remove_sockets(sockets);
+    Ok(removed)
+}
+
+async fn remove_export(monitor: &Monitor, id: &str, sockets: &Path) -> Result<(), MonitorError> {
+    let socket = sockets.join(format!("{id}.vhost"));
+    if socket.exists() {
+        // Versions before 10 hang for good when a vhost-user-blk export goes before its reader has, if the disk is in an
+        // iothread: ours is gone or about to be.
+        let waited = tokio::task::spawn_blocking(move || vhost::wait_until_free(&socket, READER_GOES_WITHIN)).await;
+        match waited {
+            Ok(Err(VhostError::NoAnswer { .. })) if !monitor.greeting_version().at_least(10, 0) => {
+                let command = "block-export-del: its reader has not gone".to_owned();
+                return Err(MonitorError::Deadline { command, limit: READER_GOES_WITHIN });
+            }
+            Ok(Err(error)) => tracing::debug!(id, "the export's socket does not answer: {error}"),
+            _ => {}
+        }
+    }
+    delete_export(monitor, id).await
+}
+
+/// Deletes an export and waits until it is gone; one that is gone already is no error.
+pub(super) async fn delete_export(monitor: &Monitor, id: &str) -> Result<(), MonitorError> {
+    refusal_is_fine(monitor.raw("block-export-del", json!({"id": id, "mode": "hard"})).await)?;
+    let gone = async {
+        loop {
+            let exports = monitor.raw("query-block-exports", json!({})).await?;
+            if !exports.as_array().is_some_and(|all| all.iter().any(|e| e["id"] == id)) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let late = MonitorError::Deadline { command: "block-export-del".into(), limit: EXPORT_GOES_WITHIN };
+    tokio::time::timeout(EXPORT_GOES_WITHIN, gone).await.unwrap_or(Err(late))
+}
+
+/// Takes a filter from above its disk: the disk gets back what the graph says is below the filter.
+async fn remove_filter(monitor: &Monitor, filter: &str) -> Result<(), MonitorError> {
+    let graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
+    let below = child_of(&graph, filter, "file");
+    let blocks = monitor.raw("query-block", json!({})).await?;
+    for device in blocks.as_array().into_iter().flatten() {
+        if device["inserted"]["node-name"] == filter
+            && let (Some(qdev), Some(below)) = (device["qdev"].as_str(), &below)
+        {
+            let path = qom_path(qdev);
+            monitor.raw("qom-set", json!({"path": path, "property": "drive", "value": below})).await?;
+            crate::fault::point("undo.out");
+        }
+    }
+    // The guest is free of the filter; only deleting it flushes.
+    if let Some(below) = &below {
+        sync_image(monitor, below).await;
+    }
+    monitor.raw("blockdev-del", json!({"node-name": filter})).await.map(drop)
+}
+
+/// The full path of the object that owns a drive, from what `query-block` calls it.
+pub fn qom_path(qdev: &str) -> String {
+    if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") }
+}
+
+/// A node's child in the answer of `x-debug-query-block-graph`.
+fn child_of(graph: &Value, node: &str, role: &str) -> Option<String> {
+    let nodes = graph["nodes"].as_array()?;
+    let id = |name: &str| nodes.iter().find(|n| n["name"] == name && n["type"] == "block-driver").map(|n| &n["id"]);
+    let parent = id(node)?;
+    let edge = graph["edges"].as_array()?.iter().find(|e| &e["parent"] == parent && e["name"] == role)?;
+    nodes.iter().find(|n| n["id"] == edge["child"])?["name"].as_str().map(str::to_owned)
+}
+
+/// Makes the image file durable from outside: removing a filter flushes it with QEMU's main loop held, and then there
+/// is little left to flush.
+pub(super) async fn sync_image(monitor: &Monitor, node: &str) {
+    let Ok(nodes) = monitor.raw("query-named-block-nodes", json!({"flat": true})).await else { return };
+    let found = nodes.as_array().into_iter().flatten().find(|n| n["node-name"] == node);
+    if let Some(path) = found.and_then(|n| n["file"].as_str()).map(PathBuf::from) {
+        sync_files(vec![path]).await;
+    }
+}
+
+/// `fdatasync` of files that QEMU has open, as far as they are files of this host.
+pub async fn sync_files(paths: Vec<PathBuf>) {
+    let sync = move || {
+        for path in paths {
+            if let Ok(file) = std::fs::File::open(&path) {
+                let _ = file.sync_data();
+            }
+        }
+    };
+    let _ = tokio::task::spawn_blocking(sync).await;
+}
+
+async fn named_nodes(monitor: &Monitor, names: &Names) -> Result<Vec<String>, MonitorError> {
+    let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+    Ok(ours(&nodes, "node-name", names))
+}
+
+fn ours(list: &Value, member: &str, names: &Names) -> Vec<String> {
+    let named = list.as_array().into_iter().flatten().filter_map(|n| n[member].as_str());
+    named.filter(|n| names.is_ours(n)).map(str::to_owned).collect()
+}
+
+async fn remove_descriptors(monitor: &Monitor, names: &Names) -> Result<(), MonitorError> {
+    let sets = monitor.raw("query-fdsets", json!({})).await?;
+    for set in sets.as_array().into_iter().flatten() {
+        let ours = set["fds"].as_array().into_iter().flatten();
+        if ours.filter_map(|fd| fd["opaque"].as_str()).any(|label| names.is_ours(label)) {
+            refusal_is_fine(monitor.raw("remove-fd", json!({"fdset-id": set["fdset-id"]})).await)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_sockets(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if !entry.file_name().as_encoded_bytes().starts_with(b"owed-") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Takes QEMU's refusal for an answer: what was to go is gone already.
+fn refusal_is_fine(result: Result<Value, MonitorError>) -> Result<(), MonitorError> {
+    match result {
+        Err(e) if e.refusal().is_some() => Ok(()),
+        other => other.map(drop),
+    }
+}

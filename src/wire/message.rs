@@ -1,0 +1,339 @@
+//! Control messages: what a client asks a sidecar, and what it answers. Payloads are JSON; a field that is not known is
+//! ignored, a missing optional one has its default, so that both ends may grow.
+//!
+//! The same types are spoken inside one process, where no frame is made.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::extent::Extent;
+use crate::machine::{Disk, FoundDisk, Machine};
+use crate::units::{CheckpointId, EpochId};
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Which VMs are there?
+    List,
+    /// What was found in a VM?
+    Disks {
+        /// Which VM.
+        vm: String,
+    },
+    /// State of one VM or all.
+    Status {
+        /// Which VM; all when absent.
+        vm: Option<String>,
+    },
+    /// What would this backup read? Changes nothing in the guest and takes no checkpoint.
+    Estimate(Begin),
+    /// Open a fleece and send the needed set.
+    Begin(Begin),
+    /// These bytes are durable at the client: the sidecar may discard them.
+    Ack(Ack),
+    /// Remove all that the sidecar put into a VM and end its epochs.
+    Detach {
+        /// Which VM.
+        vm: String,
+    },
+}
+
+/// What the backup is to hold.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Begin {
+    /// Which VM.
+    pub vm: String,
+    /// Only these disks (all protectable ones when empty).
+    #[serde(default)]
+    pub include: Vec<String>,
+    /// Not these disks.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// Per disk the checkpoint that the client has; a disk that is not named is sent whole.
+    #[serde(default)]
+    pub since: BTreeMap<String, CheckpointId>,
+    /// Why a disk that is not in `since` is sent whole, in the client's words, for the report.
+    #[serde(default)]
+    pub full_reason: Option<String>,
+    /// Chunk size of the client's repository: the needed set is rounded out to it. A power of two in
+    /// `MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES`.
+    pub chunk_bytes: u32,
+    /// Whether to take a checkpoint (no for the level `copy`).
+    pub checkpoint: bool,
+    /// Refuse before the instant if any disk would have to be sent whole.
+    #[serde(default)]
+    pub incremental_only: bool,
+}
+
+/// What the client says is durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// Index of the disk in [`Begun::disks`].
+    pub disk: u16,
+    /// Which bytes.
+    pub extents: Vec<Extent>,
+}
+
+/// What a sidecar answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// To [`Request::List`].
+    List {
+        /// The VMs.
+        vms: Vec<VmEntry>,
+    },
+    /// To [`Request::Disks`].
+    Disks {
+        /// The VM's definition.
+        machine: Machine,
+        /// All guest block devices.
+        disks: Vec<FoundDisk>,
+    },
+    /// To [`Request::Status`].
+    Status {
+        /// One entry a VM.
+        vms: Vec<VmStatus>,
+    },
+    /// To [`Request::Estimate`].
+    Estimate {
+        /// One entry a disk.
+        disks: Vec<Estimated>,
+    },
+    /// To [`Request::Begin`]: the instant is behind us; data follows.
+    Begun(Box<Begun>),
+    /// All data of the needed set has been sent; the fleece is being closed.
+    Sent,
+    /// The session is over; the fleece is closed.
+    End(Totals),
+    /// To [`Request::Detach`].
+    Detached {
+        /// What was removed, in words.
+        removed: Vec<String>,
+    },
+    /// The request or session failed.
+    Failed(Failure),
+}
+
+/// One VM in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmEntry {
+    /// Its name.
+    pub vm: String,
+    /// QEMU's run state, or why it cannot be reached.
+    pub state: String,
+}
+
+/// State of one VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its name.
+    pub vm: String,
+    /// QEMU's run state, or why it cannot be reached.
+    pub state: String,
+    /// QEMU's version, when it could be reached.
+    pub qemu_version: Option<String>,
+    /// The running session, if any.
+    pub session: Option<SessionStatus>,
+    /// Per disk the state of tracking.
+    pub disks: Vec<TrackingStatus>,
+}
+
+/// A running session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// When its instant was.
+    pub instant: Timestamp,
+    /// Bytes of the needed sets.
+    pub needed_bytes: u64,
+    /// Bytes sent so far (zeroes count).
+    pub sent_bytes: u64,
+    /// Scratch in use.
+    pub scratch_bytes: u64,
+}
+
+/// Tracking of one disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrackingStatus {
+    /// The disk.
+    pub disk: String,
+    /// Its epoch, if it is tracked.
+    pub epoch: Option<EpochId>,
+    /// Number of the last checkpoint.
+    pub checkpoint_number: Option<u64>,
+    /// When that was.
+    pub checkpoint_time: Option<Timestamp>,
+    /// Bytes written since then, in granules.
+    pub dirty_bytes: Option<u64>,
+    /// Why the last epoch ended, if one did.
+    pub last_end: Option<String>,
+}
+
+/// What a backup would read of one disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Estimated {
+    /// The disk.
+    pub disk: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Whole or since a checkpoint.
+    pub taken: Taken,
+    /// Bytes that would be read.
+    pub needed_bytes: u64,
+}
+
+/// How a disk is taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "taken", rename_all = "kebab-case")]
+pub enum Taken {
+    /// Whole, and why.
+    Full {
+        /// In a sentence.
+        reason: String,
+    },
+    /// What was written since a checkpoint.
+    Incremental {
+        /// The client's checkpoint.
+        since: CheckpointId,
+    },
+}
+
+/// The instant is behind us.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Begun {
+    /// The VM's definition.
+    pub machine: Machine,
+    /// The instant.
+    pub instant: Timestamp,
+    /// The disks, in the order of their indices.
+    pub disks: Vec<BegunDisk>,
+    /// Devices that were left out, with the reason.
+    pub left_out: Vec<FoundDisk>,
+    /// How long the guest was stopped for the instant, in microseconds (0 when it was not).
+    pub stopped_us: u64,
+}
+
+/// One disk of a session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BegunDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// The checkpoint that was taken at the instant.
+    pub checkpoint: Option<CheckpointId>,
+    /// Its epoch.
+    pub epoch: Option<EpochId>,
+    /// Whole or since a checkpoint.
+    pub taken: Taken,
+    /// Bytes of the needed set.
+    pub needed_bytes: u64,
+}
+
+/// What a session did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Bytes sent as data.
+    pub data_bytes: u64,
+    /// Bytes sent as zeroes.
+    pub zero_bytes: u64,
+    /// Most scratch that was in use at once.
+    pub scratch_peak_bytes: u64,
+    /// From the request to the instant, in microseconds.
+    pub prepare_us: u64,
+    /// From the instant to the last byte sent, in microseconds.
+    pub transfer_us: u64,
+    /// What did not go as it should but harmed nothing, in words.
+    #[serde(default)]
+    pub warnings: Vec<String>,
+}
+
+/// Kinds of failure that a program may tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureCode {
+    /// No VM of that name.
+    UnknownVm,
+    /// No disk of that name.
+    UnknownDisk,
+    /// A disk cannot be protected and was not excluded, or there is none.
+    NotProtectable,
+    /// Another session or sidecar has the VM.
+    Busy,
+    /// An incremental was demanded and cannot be had.
+    NotIncremental,
+    /// QEMU cannot be reached, is too old, or lacks what is needed.
+    Qemu,
+    /// The fleece broke: no more data of this instant can be had. The guest is well.
+    Broken,
+    /// Not enough space for scratch or state.
+    NoSpace,
+    /// The peer broke the protocol, or its version is not ours.
+    Protocol,
+    /// The connection ended.
+    Disconnected,
+    /// The session was interrupted by this side's user.
+    Interrupted,
+    /// Anything else.
+    Internal,
+    /// A code of a later version.
+    #[serde(other)]
+    Other,
+}
+
+/// A failure, in words that say what happened, to what, and what to do next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// The kind.
+    pub code: FailureCode,
+    /// The words.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of this kind.
+    pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// What arrives after [`Begun`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Bytes of a disk at the instant. Never longer than `MAX_READ_BYTES`; aligned to the session's chunk size but for
+    /// the disk's end; extents of one disk ascend and do not overlap.
+    Data {
+        /// Index of the disk.
+        disk: u16,
+        /// Where.
+        offset_bytes: u64,
+        /// The bytes. May be lent shared memory: dropping it lets the reader go on.
+        bytes: Bytes,
+    },
+    /// These bytes of a disk are zero. Aligned as data is; of any length.
+    Zero {
+        /// Index of the disk.
+        disk: u16,
+        /// Which bytes.
+        extent: Extent,
+    },
+    /// All was sent; the fleece is being closed.
+    Sent,
+    /// The fleece is closed. The last event.
+    End(Totals),
+}
+
+/// An open session, in this process or over a connection.
+#[derive(Debug)]
+pub struct Session {
+    /// What was begun.
+    pub begun: Begun,
+    /// The events; a failure is the last one. Closed early only if the sidecar's side is gone.
+    pub events: mpsc::Receiver<Result<Event, Failure>>,
+    /// Acknowledgements. Dropping the session ends it: the sidecar closes the fleece.
+    pub acks: mpsc::UnboundedSender<Ack>,
+}

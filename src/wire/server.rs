@@ -1,0 +1,297 @@
+//! The server's end of a connection; what is asked is answered by a handler.
+//!
+//! ```text
+//! hello ─► waiting ─► request ─► handler ─┬─► reply ─► waiting
+//!             │                           └─► session: pump of events ∥ reader of acknowledgements ─► drained, closed
+//!             └─► the client closed, or asked for nothing for long
+//! ```
+//!
+//! A client that leaves or misbehaves ends what it asked for: the handler's future is dropped, or the session is. A client
+//! that reads slowly slows its session down, since events are taken only as fast as they are written. What arrives is
+//! bounded before memory is taken, and read only while there is room for it.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+use super::client::place_of;
+use super::contract::{Acks, check_begin};
+use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
+use super::hello;
+use super::link::{Stream, Timing, every};
+use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session};
+use super::reader::{Frame, FrameReader};
+use super::writer::FrameWriter;
+
+/// What a handler answers.
+#[derive(Debug)]
+pub enum Answer {
+    /// To all but [`Request::Begin`].
+    Reply(Reply),
+    /// To [`Request::Begin`].
+    Session(Session),
+}
+
+/// Serves one connection to its end: says hello, hands each request to `handler`, and carries a session's events and
+/// acknowledgements. The future that `handler` gives is dropped when the client leaves before it is done: what it began
+/// must end by that. [`Request::Ack`] never reaches it. An acknowledged extent was sent, consists of whole chunks, and is
+/// acknowledged once.
+///
+/// What went wrong with the connection is logged here and returned for the curious.
+///
+/// # Errors
+/// When the connection did not end the way it should.
+pub async fn serve_connection<H, F>(stream: Stream, timing: Timing, handler: H) -> Result<(), Failure>
+where
+    H: FnMut(Request) -> F,
+    F: Future<Output = Result<Answer, Failure>>,
+{
+    let peer = stream.peer().to_owned();
+    let outcome = converse(stream, timing, handler).await;
+    match &outcome {
+        Ok(()) => tracing::debug!(peer, "the connection ended"),
+        Err(failure) => tracing::warn!(peer, "the connection was closed: {failure}"),
+    }
+    outcome
+}
+
+async fn converse<H, F>(mut stream: Stream, timing: Timing, mut handler: H) -> Result<(), Failure>
+where
+    H: FnMut(Request) -> F,
+    F: Future<Output = Result<Answer, Failure>>,
+{
+    hello::answer(&mut stream, timing.hello).await?;
+    let Stream { reader, writer, peer } = stream;
+    let mut connection = Connection {
+        reader: FrameReader::new(reader, peer.clone(), MAX_REQUEST_BYTES, timing.silence),
+        writer: FrameWriter::new(writer, peer.clone()),
+        timing,
+        peer,
+    };
+    let outcome = connection.requests(&mut handler).await;
+    if let Err(failure) = &outcome {
+        connection.farewell(failure).await;
+    }
+    outcome
+}
+
+struct Connection {
+    reader: FrameReader,
+    writer: FrameWriter,
+    timing: Timing,
+    peer: String,
+}
+
+impl Connection {
+    /// Answers until the client closes or a session ends.
+    async fn requests<H, F>(&mut self, handler: &mut H) -> Result<(), Failure>
+    where
+        H: FnMut(Request) -> F,
+        F: Future<Output = Result<Answer, Failure>>,
+    {
+        loop {
+            self.reader.resume();
+            let request = match self.reader.next(self.timing.idle).await? {
+                None => return Ok(()),
+                Some(Frame::Alive) => continue,
+                Some(frame) => self.request(frame)?,
+            };
+            let begin = match &request {
+                Request::Ack(_) => return Err(self.breach("an acknowledgement without a session")),
+                Request::Begin(begin) | Request::Estimate(begin) => {
+                    check_begin(begin).map_err(|b| self.breach(&b))?;
+                    Some(begin.clone())
+                }
+                _ => None,
+            };
+            let answer = self.while_alive(handler(request)).await?;
+            match (answer, begin) {
+                (Ok(Answer::Session(session)), Some(begin)) => return self.session(&begin, session).await,
+                (Ok(Answer::Session(_)), None) => return Err(internal("a session was opened that nobody asked for")),
+                (Ok(Answer::Reply(reply)), _) => self.reply(&reply).await?,
+                (Err(failure), _) => self.reply(&Reply::Failed(failure)).await?,
+            }
+        }
+    }
+
+    fn request(&self, frame: Frame) -> Result<Request, Failure> {
+        match frame {
+            Frame::Control(json) => frame::decode_control(&json).map_err(|e| self.breach(&e.to_string())),
+            Frame::Data(..) | Frame::Zero(_) | Frame::Alive => Err(self.breach("data, which only a server sends")),
+        }
+    }
+
+    /// Waits for an answer while both ends show signs of life.
+    async fn while_alive<T>(&mut self, answer: impl Future<Output = T>) -> Result<T, Failure> {
+        let mut answer = std::pin::pin!(answer);
+        self.reader.resume();
+        let mut alive = every(self.timing.alive_every);
+        loop {
+            tokio::select! {
+                answer = &mut answer => return Ok(answer),
+                frame = self.reader.next(self.timing.silence) => match frame? {
+                    Some(Frame::Alive) => {}
+                    Some(_) => return Err(self.breach("another message before the answer to the last")),
+                    None => return Err(self.left("while its request was worked on")),
+                },
+                _ = alive.tick() => {
+                    self.writer.push(Encoded::alive());
+                    self.flush().await?;
+                }
+            }
+        }
+    }
+
+    async fn reply(&mut self, reply: &Reply) -> Result<(), Failure> {
+        let frame = Encoded::control(reply, MAX_REPLY_BYTES).map_err(unsendable)?;
+        self.writer.push(frame);
+        self.flush().await
+    }
+
+    async fn flush(&mut self) -> Result<(), Failure> {
+        match timeout(self.timing.silence, self.writer.flush()).await {
+            Ok(written) => Ok(written?),
+            Err(_) => Err(self.left("without reading its answer")),
+        }
+    }
+
+    /// Carries a session to its end.
+    async fn session(&mut self, begin: &Begin, session: Session) -> Result<(), Failure> {
+        let Session { begun, mut events, acks: to_sidecar } = session;
+        let acks = Acks::new(begin, &begun);
+        let reply = Reply::Begun(Box::new(begun));
+        self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
+        let Self { reader, writer, timing, peer } = self;
+        tokio::select! {
+            pumped = pump(writer, &mut events, &acks, timing.alive_every) => pumped?,
+            failure = take_acks(reader, &to_sidecar, &acks, timing.silence, peer) => return Err(failure),
+        }
+        // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
+        // since closing a socket with unread bytes would throw away what the client has not read yet.
+        drop((events, to_sidecar));
+        self.drain(self.timing.silence).await;
+        Ok(())
+    }
+
+    /// Tells the client why, if it still listens.
+    async fn farewell(&mut self, failure: &Failure) {
+        if let Ok(frame) = Encoded::control(&Reply::Failed(failure.clone()), MAX_REPLY_BYTES) {
+            self.writer.push(frame);
+            // A client that did nothing wrong may be slow to read what is under way before.
+            let at_fault = matches!(failure.code, FailureCode::Protocol | FailureCode::Disconnected);
+            self.drain(if at_fault { self.timing.farewell } else { self.timing.silence }).await;
+        }
+    }
+
+    /// Writes what waits, says that nothing more comes, and reads until the client closes too.
+    async fn drain(&mut self, limit: Duration) {
+        let closing = async {
+            self.writer.close().await?;
+            self.reader.discard().await
+        };
+        if timeout(limit, closing).await.is_err() {
+            tracing::debug!(peer = self.peer, "the client did not close in time");
+        }
+    }
+
+    fn breach(&self, what: &str) -> Failure {
+        Failure::new(FailureCode::Protocol, format!("{} broke the protocol: it sent {what}", self.peer))
+    }
+
+    fn left(&self, when: &str) -> Failure {
+        Failure::new(FailureCode::Disconnected, format!("{} left {when}", self.peer))
+    }
+}
+
+/// Writes events as they come, several at once when they are small, until the last one is written.
+async fn pump(
+    writer: &mut FrameWriter,
+    events: &mut mpsc::Receiver<Result<Event, Failure>>,
+    acks: &Acks,
+    alive_every: Duration,
+) -> Result<(), Failure> {
+    loop {
+        writer.flush().await?;
+        let Ok(first) = timeout(alive_every, events.recv()).await else {
+            writer.push(Encoded::alive());
+            continue;
+        };
+        let mut next = Some(first);
+        while let Some(event) = next {
+            match event {
+                Some(Ok(event)) => {
+                    let last = matches!(event, Event::End(_));
+                    push_event(writer, event, acks)?;
+                    if last {
+                        acks.over();
+                        return Ok(writer.flush().await?);
+                    }
+                }
+                Some(Err(failure)) => return Err(failure),
+                None => return Err(internal("the sidecar gave the session up without saying why")),
+            }
+            next = if writer.is_full() { None } else { events.try_recv().ok().map(Some) };
+        }
+    }
+}
+
+fn push_event(writer: &mut FrameWriter, event: Event, acks: &Acks) -> Result<(), Failure> {
+    if let Some(place) = place_of(&event) {
+        acks.sending(place);
+    }
+    let frame = match event {
+        Event::Data { disk, offset_bytes, bytes } => Encoded::data(disk, offset_bytes, bytes),
+        Event::Zero { disk, extent } => Encoded::zero(disk, extent),
+        Event::Sent => Encoded::control(&Reply::Sent, MAX_REPLY_BYTES),
+        Event::End(totals) => Encoded::control(&Reply::End(totals), MAX_REPLY_BYTES),
+    };
+    writer.push(frame.map_err(unsendable)?);
+    Ok(())
+}
+
+/// Hands acknowledgements over until the client leaves or misbehaves.
+async fn take_acks(
+    reader: &mut FrameReader,
+    to_sidecar: &mpsc::UnboundedSender<Ack>,
+    acks: &Acks,
+    silence: Duration,
+    peer: &str,
+) -> Failure {
+    let breach = |what: &str| Failure::new(FailureCode::Protocol, format!("{peer} broke the protocol: it sent {what}"));
+    reader.resume();
+    loop {
+        let json = match reader.next(silence).await {
+            Ok(Some(Frame::Control(json))) => json,
+            Ok(Some(Frame::Alive)) => continue,
+            Ok(Some(Frame::Data(..) | Frame::Zero(_))) => return breach("data, which only a server sends"),
+            // A client may close as soon as it has the end, before the pump knows that it was written.
+            Ok(None) if acks.are_over() => {
+                sleep(silence).await;
+                return Failure::new(FailureCode::Disconnected, format!("{peer} left without reading the end"));
+            }
+            Ok(None) => {
+                return Failure::new(FailureCode::Disconnected, format!("{peer} left before its backup was done"));
+            }
+            Err(error) => return error.into(),
+        };
+        let ack = match frame::decode_control::<Request>(&json) {
+            Ok(Request::Ack(ack)) => ack,
+            Ok(_) => return breach("a request in the middle of a session"),
+            Err(error) => return breach(&error.to_string()),
+        };
+        if let Err(what) = acks.take(&ack) {
+            return breach(&what);
+        }
+        // A sidecar that is gone says so in the events.
+        let _ = to_sidecar.send(ack);
+    }
+}
+
+fn internal(what: &str) -> Failure {
+    Failure::new(FailureCode::Internal, what)
+}
+
+fn unsendable(error: FrameError) -> Failure {
+    internal(&format!("an answer cannot be sent: {error}"))
+}
