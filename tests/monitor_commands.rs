@@ -93,6 +93,15 @@ async fn many_commands_at_once_get_their_own_replies() {
     }
 }
 
+/// Whether every thread of a process is stopped: a signal takes a moment.
+fn stands_still(pid: Pid) -> bool {
+    let mut threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.all(|thread| {
+        let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    })
+}
+
 #[tokio::test]
 async fn a_call_that_ran_out_of_time_confuses_nobody() {
     for version in VERSIONS {
@@ -101,6 +110,7 @@ async fn a_call_that_ran_out_of_time_confuses_nobody() {
         let pid = Pid::from_raw(qemu.pid() as i32);
         for i in 0..20 {
             kill(pid, Signal::SIGSTOP).unwrap();
+            common::wait_until("QEMU to stand still", || stands_still(pid));
             let limit = Duration::from_millis(5);
             let error = monitor.raw_within(limit, "query-block", json!({})).await.unwrap_err();
             kill(pid, Signal::SIGCONT).unwrap();

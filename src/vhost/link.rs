@@ -129,18 +129,22 @@ fn pump(
             return Ok(RelayEnd::TimedOut);
         }
         let near = inner.as_ref().map_or(private.listener.as_fd(), |stream| stream.as_fd());
-        let [near_ready, qemu_ready, done_ready] = wait([near, qemu.as_fd(), done.as_fd()], Some(left))?;
+        // Until blkio is there nobody could take what QEMU says (a peer that speaks unasked is heard later).
+        let far = if inner.is_some() { qemu.as_fd() } else { near };
+        let [near_ready, qemu_ready, done_ready] = wait([near, far, done.as_fd()], Some(left))?;
         if done_ready {
             return Ok(RelayEnd::Done(None));
         }
         match inner {
-            None if near_ready => *inner = private.accept()?,
+            None => {
+                if near_ready {
+                    *inner = private.accept()?;
+                }
+            }
             // blkio gave up; why, it says through `done`.
             Some(stream) if near_ready && !forward(stream, qemu, true)? => return Ok(RelayEnd::Done(None)),
             Some(stream) if qemu_ready && !forward(qemu, stream, false)? => return Ok(RelayEnd::HungUp),
-            // QEMU speaks only when asked.
-            None if qemu_ready => return Ok(RelayEnd::HungUp),
-            _ => {}
+            Some(_) => {}
         }
     }
 }
