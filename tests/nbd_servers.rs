@@ -191,7 +191,7 @@ async fn failing_reads_fail_alone() {
 async fn a_slow_server_holds_up_only_who_waits_for_it() {
     let dir = tempdir();
     make_image(&dir.path().join("image"), 4 * MIB, &mut Rng::new());
-    let server = nbdkit(dir, &["--filter=delay", "file", "DIR/image", "rdelay=6s"]);
+    let server = nbdkit(dir, &["--filter=delay", "file", "DIR/image", "rdelay=6000ms"]);
     let client = ClientOptions { deadline: Some(Duration::from_secs(2)), ..ClientOptions::default() };
     let options = ConnectOptions { client, ..ConnectOptions::default() };
     let client = connect(&server.address(), &wanted("", &[]), &options).await.unwrap();

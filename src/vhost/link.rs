@@ -135,16 +135,22 @@ fn pump(
         if done_ready {
             return Ok(RelayEnd::Done(None));
         }
-        match inner {
-            None => {
-                if near_ready {
-                    *inner = private.accept()?;
-                }
+        let Some(stream) = inner else {
+            if near_ready {
+                *inner = private.accept()?;
             }
+            continue;
+        };
+        let (from_blkio, from_qemu) = match (near_ready, qemu_ready) {
+            (true, _) => (forward(stream, qemu, true)?, Passed::On),
+            (_, true) => (Passed::On, forward(qemu, stream, false)?),
+            _ => continue,
+        };
+        match (from_blkio, from_qemu) {
             // blkio gave up; why, it says through `done`.
-            Some(stream) if near_ready && !forward(stream, qemu, true)? => return Ok(RelayEnd::Done(None)),
-            Some(stream) if qemu_ready && !forward(qemu, stream, false)? => return Ok(RelayEnd::HungUp),
-            Some(_) => {}
+            (Passed::SourceEnded, _) | (_, Passed::TargetEnded) => return Ok(RelayEnd::Done(None)),
+            (Passed::TargetEnded, _) | (_, Passed::SourceEnded) => return Ok(RelayEnd::HungUp),
+            (Passed::On, Passed::On) => {}
         }
     }
 }
@@ -178,8 +184,15 @@ pub(super) fn leave(mut qemu: &UnixStream, deadline: Instant) -> io::Result<bool
     }
 }
 
-/// Passes on what one receive brings; false at the end of the stream.
-fn forward(from: &UnixStream, to: &UnixStream, with_fds: bool) -> io::Result<bool> {
+/// What became of a message.
+enum Passed {
+    On,
+    SourceEnded,
+    TargetEnded,
+}
+
+/// Passes on what one receive brings.
+fn forward(from: &UnixStream, to: &UnixStream, with_fds: bool) -> io::Result<Passed> {
     let mut data = [0; MESSAGE_BYTES];
     let mut space = cmsg_space!([std::os::fd::RawFd; MESSAGE_FDS]);
     let mut fds = Vec::new();
@@ -190,8 +203,8 @@ fn forward(from: &UnixStream, to: &UnixStream, with_fds: bool) -> io::Result<boo
         let control = with_fds.then_some(space.as_mut_slice());
         let message = match recvmsg::<()>(from.as_raw_fd(), &mut iov, control, flags) {
             Ok(message) => message,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(true),
-            Err(Errno::ECONNRESET) => return Ok(false),
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Passed::On),
+            Err(Errno::ECONNRESET) => return Ok(Passed::SourceEnded),
             Err(e) => return Err(e.into()),
         };
         if with_fds {
@@ -212,10 +225,10 @@ fn forward(from: &UnixStream, to: &UnixStream, with_fds: bool) -> io::Result<boo
         match sendmsg::<()>(to.as_raw_fd(), &[IoSlice::new(rest)], control, MsgFlags::MSG_NOSIGNAL, None) {
             Ok(sent) => rest = &rest[sent..],
             Err(Errno::EINTR) => continue,
-            Err(Errno::EPIPE | Errno::ECONNRESET) => return Ok(false),
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return Ok(Passed::TargetEnded),
             Err(e) => return Err(e.into()),
         }
         control = &[];
     }
-    Ok(len > 0)
+    Ok(if len > 0 { Passed::On } else { Passed::SourceEnded })
 }

@@ -195,6 +195,10 @@ impl Guest {
             paths.join(" ")
         ));
         let from = log.from;
+        // It makes its progress file a moment after it was started.
+        wait_until("the writer to begin", || {
+            self.sh("wc -c </run/written || true").trim().parse::<u64>().is_ok_and(|n| n > 1)
+        });
         wait_until("the writer's first write", || self.written() > from);
     }
 
