@@ -34,13 +34,14 @@
 //! vm
 //! checkpoint repo wire nbd vhost monitor
 //! machine
-//! block durable extent fault limits units
+//! block direct durable extent fault limits units
 //! ```
 
 pub mod backup;
 pub mod block;
 pub mod checkpoint;
 pub mod cli;
+pub mod direct;
 pub mod durable;
 pub mod extent;
 pub mod fault;

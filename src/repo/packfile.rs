@@ -2,18 +2,16 @@
 //!
 //! ```text
 //! OpenPack --append…--> OpenPack --seal--> SealedPack --make_durable--> PackRef
-//! in journal/<id>/      write-back begun    whole, not flushed            under packs/, survives power loss
+//! in journal/<id>/      past the page cache whole, not flushed            under packs/, survives power loss
 //! ```
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IoSlice};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::libc;
 
+use crate::direct::{AlignedBytes, DirectFile};
 use crate::durable;
 use crate::fault;
 use crate::repo::blob::{Blob, Codec, Placed};
@@ -24,8 +22,10 @@ use crate::repo::layout::Layout;
 use crate::repo::pack::{self, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_PACK_BLOBS, PackKind, TARGET_PACK_BYTES};
 use crate::units::PackId;
 
-/// Write-back of a pack is begun each time that so much was appended, so that the flush at its end is short.
-const WRITE_BACK_BYTES: u64 = 8 << 20;
+/// Small pieces are gathered into writes of this length.
+const GATHER_BYTES: usize = 1 << 20;
+/// Pieces of this length in all are written from where they are, if they are aligned.
+const DIRECT_BYTES: usize = 512 << 10;
 
 /// A pack that is being written.
 #[derive(Debug)]
@@ -33,9 +33,11 @@ pub struct OpenPack {
     id: PackId,
     kind: PackKind,
     path: PathBuf,
-    file: File,
-    len_bytes: u64,
-    written_back: u64,
+    file: DirectFile,
+    /// In the file; aligned.
+    written_bytes: u64,
+    /// What follows.
+    gathered: AlignedBytes,
     blobs: Vec<Blob>,
 }
 
@@ -49,8 +51,36 @@ impl OpenPack {
             .mode(0o600)
             .open(&path)
             .map_err(RepoError::io("create the pack", &path))?;
-        file.write_all_at(&pack::encode_header(kind), 0).map_err(RepoError::io("write the pack", &path))?;
-        Ok(Self { id, kind, path, file, len_bytes: HEADER_BYTES, written_back: 0, blobs: Vec::new() })
+        let (file, gathered) = (DirectFile::new(file), AlignedBytes::new(GATHER_BYTES));
+        let mut this = Self { id, kind, path, file, written_bytes: 0, gathered, blobs: Vec::new() };
+        this.gather(&pack::encode_header(kind))?;
+        Ok(this)
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.written_bytes + self.gathered.len() as u64
+    }
+
+    fn io_error(&self) -> impl FnOnce(std::io::Error) -> RepoError {
+        RepoError::io("write the pack", &self.path)
+    }
+
+    fn gather(&mut self, mut bytes: &[u8]) -> Result<(), RepoError> {
+        while !bytes.is_empty() {
+            bytes = &bytes[self.gathered.append(bytes)..];
+            if self.gathered.room_bytes() == 0 {
+                self.write_gathered()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Call it only when what is gathered ends aligned, or is the file's end.
+    fn write_gathered(&mut self) -> Result<(), RepoError> {
+        self.file.write_all_at(&self.gathered, self.written_bytes).map_err(self.io_error())?;
+        self.written_bytes += self.gathered.len() as u64;
+        self.gathered.set_len(0);
+        Ok(())
     }
 
     /// Appends blobs: `pieces` are their stored bytes one after the other, cut in any way; `blobs` say for each what it
@@ -60,41 +90,36 @@ impl OpenPack {
         pieces: &[&[u8]],
         blobs: impl Iterator<Item = (Digest, u32, u32, Codec)>,
     ) -> Result<(), RepoError> {
-        let end = write_all_vectored(&self.file, pieces, self.len_bytes)
-            .map_err(RepoError::io("write the pack", &self.path))?;
-        let mut offset = self.len_bytes;
+        let mut offset = self.len_bytes();
+        let whole: usize = pieces.iter().map(|piece| piece.len()).sum();
+        if whole >= DIRECT_BYTES && self.file.takes(pieces, offset) {
+            self.write_gathered()?;
+            self.file.write_pieces_at(pieces, offset).map_err(self.io_error())?;
+            self.written_bytes += whole as u64;
+        } else {
+            pieces.iter().try_for_each(|piece| self.gather(piece))?;
+        }
         for (digest, stored_len, raw_len, codec) in blobs {
             let placed = Placed { offset_bytes: offset as u32, stored_len, raw_len, codec };
             self.blobs.push(Blob { digest, placed });
             offset += u64::from(stored_len);
         }
-        debug_assert_eq!(offset, end);
-        self.len_bytes = end;
-        if self.len_bytes - self.written_back >= WRITE_BACK_BYTES {
-            self.begin_write_back();
-        }
+        debug_assert_eq!(offset, self.len_bytes());
         Ok(())
-    }
-
-    fn begin_write_back(&mut self) {
-        let (from, len) = (self.written_back as libc::off64_t, (self.len_bytes - self.written_back) as libc::off64_t);
-        // SAFETY: the descriptor is open; the call touches no memory of ours. A hint: its failure changes nothing, the
-        // flush at the end tells.
-        unsafe { libc::sync_file_range(self.file.as_raw_fd(), from, len, libc::SYNC_FILE_RANGE_WRITE) };
-        self.written_back = self.len_bytes;
     }
 
     /// Whether it holds as much as a pack should.
     pub fn is_full(&self) -> bool {
         // A batch adds at most 16 chunks.
-        self.len_bytes >= TARGET_PACK_BYTES || self.blobs.len() as u64 + 16 > MAX_PACK_BLOBS
+        self.len_bytes() >= TARGET_PACK_BYTES || self.blobs.len() as u64 + 16 > MAX_PACK_BLOBS
     }
 
     /// Writes the directory.
-    pub fn seal(self) -> Result<SealedPack, RepoError> {
+    pub fn seal(mut self) -> Result<SealedPack, RepoError> {
         let tail = pack::encode_tail(self.kind, &self.blobs);
-        self.file.write_all_at(&tail, self.len_bytes).map_err(RepoError::io("write the pack", &self.path))?;
-        let pack = PackRef { id: self.id, len_bytes: self.len_bytes + tail.len() as u64, kind: self.kind };
+        self.gather(&tail)?;
+        self.write_gathered()?;
+        let pack = PackRef { id: self.id, len_bytes: self.written_bytes, kind: self.kind };
         fault::point("repo.pack-written");
         Ok(SealedPack { pack, path: self.path, file: self.file, blobs: self.blobs })
     }
@@ -113,13 +138,13 @@ pub struct SealedPack {
     /// What it holds.
     pub blobs: Vec<Blob>,
     path: PathBuf,
-    file: File,
+    file: DirectFile,
 }
 
 impl SealedPack {
     /// Flushes the pack, moves it to its place and flushes the directory.
     pub fn make_durable(&self, layout: &Layout) -> Result<(), RepoError> {
-        self.file.sync_all().map_err(RepoError::io("flush the pack", &self.path))?;
+        self.file.file().sync_all().map_err(RepoError::io("flush the pack", &self.path))?;
         let target = layout.pack(self.pack.id);
         if let Some(dir) = target.parent() {
             durable::create_dir(dir)?;
@@ -130,7 +155,7 @@ impl SealedPack {
         if self.pack.kind == PackKind::Data {
             // Nobody reads it soon. Its memory is better given to the next pack than taken from the page cache of a host
             // whose guests need it. A hint: its failure changes nothing.
-            let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            let _ = posix_fadvise(self.file.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
         Ok(())
     }
@@ -139,25 +164,6 @@ impl SealedPack {
     pub fn discard(self) {
         let _ = fs::remove_file(&self.path);
     }
-}
-
-fn write_all_vectored(file: &File, pieces: &[&[u8]], offset_bytes: u64) -> io::Result<u64> {
-    let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-    let mut rest = &mut slices[..];
-    let mut at = offset_bytes;
-    IoSlice::advance_slices(&mut rest, 0);
-    while !rest.is_empty() {
-        match nix::sys::uio::pwritev(file, rest, at as libc::off_t) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                at += written as u64;
-                IoSlice::advance_slices(&mut rest, written);
-            }
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(at)
 }
 
 /// Reads a pack's footer and directory.

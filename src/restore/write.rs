@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::libc;
 
+use crate::direct::DirectFile;
 use crate::extent::Extent;
 use crate::fault;
 use crate::repo::ReadOptions;
@@ -32,15 +32,13 @@ pub(super) fn write(job: &Job, item: &Item) -> Result<(), RestoreError> {
     match &item.place {
         Place::New { pending: Some(pending), layout, .. } => {
             let file = pending.file();
-            let write_back = WriteBack::default();
+            let writer = PieceWriter::new(file).map_err(RestoreError::io("open again", pending.temporary()))?;
             copy(job, item, |offset_bytes, bytes| {
                 let at = match layout {
                     Some(layout) => layout.place(&item.chunks, offset_bytes)?,
                     None => offset_bytes,
                 };
-                data_runs(bytes, |run| file.write_all_at(&bytes[run.clone()], at + run.start as u64))?;
-                write_back.wrote(file, at);
-                Ok(())
+                data_runs(bytes, |run| writer.write(&bytes[run.clone()], at + run.start as u64))
             })?;
             if let Some(layout) = layout {
                 layout.write_tables(file, &item.chunks).map_err(RestoreError::io("write", pending.temporary()))?;
@@ -61,13 +59,9 @@ fn write_device(job: &Job, item: &Item, device: &Device) -> Result<(), RestoreEr
     for gap in item.chunks.gaps() {
         device.zero(gap, || job.check_interrupted())?;
     }
-    let write_back = WriteBack::default();
-    copy(job, item, |offset_bytes, bytes| {
-        // Zeroes too: something else was there.
-        device.file().write_all_at(bytes, offset_bytes)?;
-        write_back.wrote(device.file(), offset_bytes);
-        Ok(())
-    })?;
+    let writer = PieceWriter::new(device.file()).map_err(RestoreError::io("open again", device.path()))?;
+    // Zeroes too: something else was there.
+    copy(job, item, |offset_bytes, bytes| writer.write(bytes, offset_bytes))?;
     job.check_interrupted()?;
     device.file().sync_all().map_err(RestoreError::io("flush", device.path()))
 }
@@ -129,14 +123,26 @@ fn data_runs(bytes: &[u8], mut put: impl FnMut(Range<usize>) -> io::Result<()>) 
     start.map_or(Ok(()), |start| put(start..bytes.len() - zeroes))
 }
 
-/// Begins write-back of what was written a while ago. Pieces come nearly in order.
-#[derive(Default)]
-struct WriteBack {
+/// Writes pieces past the page cache where that is possible; else begins write-back of what was written a while ago.
+/// Pieces come nearly in order.
+struct PieceWriter {
+    file: DirectFile,
     window: AtomicU64,
 }
 
-impl WriteBack {
-    fn wrote(&self, file: &File, offset_bytes: u64) {
+impl PieceWriter {
+    fn new(file: &File) -> io::Result<Self> {
+        Ok(Self { file: DirectFile::new(file.try_clone()?), window: AtomicU64::new(0) })
+    }
+
+    fn write(&self, bytes: &[u8], offset_bytes: u64) -> io::Result<()> {
+        if !self.file.write_all_at(bytes, offset_bytes)? {
+            self.write_back(offset_bytes);
+        }
+        Ok(())
+    }
+
+    fn write_back(&self, offset_bytes: u64) {
         let window = offset_bytes / WRITE_BACK_BYTES;
         let before = self.window.fetch_max(window, Ordering::Relaxed);
         if window > before {
@@ -145,7 +151,7 @@ impl WriteBack {
             // the flush at the end tells, and takes what came late.
             unsafe {
                 libc::sync_file_range(
-                    file.as_raw_fd(),
+                    self.file.file().as_raw_fd(),
                     from as libc::off64_t,
                     len as libc::off64_t,
                     libc::SYNC_FILE_RANGE_WRITE,

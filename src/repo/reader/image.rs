@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use crate::direct::AlignedBytes;
 use crate::extent::Extent;
 use crate::repo::blob::Codec;
 use crate::repo::error::RepoError;
@@ -127,6 +128,7 @@ impl Reader {
         let threads = if options.threads == 0 { processors() } else { options.threads };
         let failure = Mutex::new(None);
         let failed = AtomicBool::new(false);
+        let longest = BATCH_BYTES.max(image.chunk_bytes.into()) as usize;
         let fail = |error: E| {
             failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             failed.store(true, Ordering::Relaxed);
@@ -139,7 +141,8 @@ impl Reader {
                 scope.spawn(move || {
                     let work = || -> Result<(), E> {
                         let mut scratch = Scratch::new().map_err(Unreadable::at(whole))?;
-                        let mut out = Vec::new();
+                        // Aligned, so that whoever takes it can write it past the page cache.
+                        let mut out = AlignedBytes::new(longest);
                         while let Ok(batch) = next(receiver) {
                             if failed.load(Ordering::Relaxed) {
                                 continue;
@@ -195,8 +198,8 @@ impl Reader {
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    fn read_batch(&self, scratch: &mut Scratch, batch: &Batch, out: &mut Vec<u8>) -> Result<(), Unreadable> {
-        out.resize(batch.extent.len_bytes as usize, 0);
+    fn read_batch(&self, scratch: &mut Scratch, batch: &Batch, out: &mut AlignedBytes) -> Result<(), Unreadable> {
+        out.set_len(batch.extent.len_bytes as usize);
         let at = |chunk: &Chunk| {
             let from = (chunk.extent.offset_bytes - batch.extent.offset_bytes) as usize;
             from..from + chunk.extent.len_bytes as usize
