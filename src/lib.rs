@@ -32,11 +32,12 @@
 //! cli
 //! backup restore server
 //! vm
-//! checkpoint repo wire nbd vhost monitor
+//! checkpoint repo wire nbd vhost monitor agent
 //! machine
 //! block direct durable extent fault limits units
 //! ```
 
+pub mod agent;
 pub mod backup;
 pub mod block;
 pub mod checkpoint;
