@@ -1,0 +1,56 @@
+//! Keeps a VM attached, across ends and starts of its QEMU.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::service::{Service, State};
+use crate::monitor::Address;
+use crate::vm::{AttachError, Vm, VmOptions};
+
+/// How long to wait before a VM that could not be attached is tried again.
+const ATTACH_AGAIN_AFTER: Duration = Duration::from_secs(2);
+
+/// Keeps one VM attached.
+pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut stop: watch::Receiver<bool>) {
+    let mut known = options.name.clone().unwrap_or_else(|| monitor.to_string());
+    service.set(&known, State::Starting);
+    let mut said = String::new();
+    while !*stop.borrow() {
+        let attached = Vm::attach(&monitor, options.clone()).await;
+        match attached {
+            Ok(vm) => {
+                said.clear();
+                if vm.name() != known {
+                    service.forget(&known);
+                    known = vm.name().to_owned();
+                }
+                tracing::info!(vm = known, "attached");
+                service.set(&known, State::Attached(vm.clone()));
+                tokio::select! {
+                    () = vm.closed() => tracing::warn!(vm = known, "QEMU ended, or closed its monitor"),
+                    _ = stop.wait_for(|stop| *stop) => {}
+                }
+                service.set(&known, State::Away("QEMU ended, or closed its monitor".into()));
+                // A session's task holds the VM until its fleece is out.
+                vm.idle().await;
+            }
+            Err(error) => {
+                let words = match error {
+                    AttachError::Failure(failure) => failure.message,
+                    served => served.to_string(),
+                };
+                if words != said {
+                    tracing::warn!(vm = known, "cannot attach: {words}");
+                    said.clone_from(&words);
+                }
+                service.set(&known, State::Away(words));
+                tokio::select! {
+                    () = tokio::time::sleep(ATTACH_AGAIN_AFTER) => {}
+                    _ = stop.wait_for(|stop| *stop) => {}
+                }
+            }
+        }
+    }
+    service.forget(&known);
+}

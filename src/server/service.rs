@@ -1,0 +1,118 @@
+//! What the service answers: the VMs that it knows, and each request given to the VM that it names.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::vm::Vm;
+use crate::wire::Answer;
+use crate::wire::message::{Failure, FailureCode, Reply, Request, VmEntry, VmStatus};
+
+/// How long a request waits for VMs that are being attached at the service's start.
+const FIRST_ATTACH_WITHIN: Duration = Duration::from_secs(10);
+/// What is said of such a VM.
+const STARTING: &str = "being attached";
+
+/// A VM as the service sees it.
+#[derive(Clone)]
+pub enum State {
+    Starting,
+    Attached(Vm),
+    Away(String),
+}
+
+#[derive(Clone, Default)]
+pub struct Service {
+    /// By name. A VM without a configured name is known by its monitor until it was attached.
+    vms: Arc<Mutex<BTreeMap<String, State>>>,
+}
+
+impl Service {
+    pub fn set(&self, name: &str, state: State) {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), state);
+    }
+
+    pub fn forget(&self, name: &str) {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    fn all(&self) -> BTreeMap<String, State> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A VM by its name. One that is being attached for the first time is waited for.
+    async fn vm(&self, name: &str) -> Result<Vm, Failure> {
+        let deadline = tokio::time::Instant::now() + FIRST_ATTACH_WITHIN;
+        while self.all().values().any(|state| matches!(state, State::Starting))
+            && tokio::time::Instant::now() < deadline
+        {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let all = self.all();
+        match all.get(name) {
+            Some(State::Starting) => {
+                Err(Failure::new(FailureCode::Qemu, format!("VM {name:?} is still being attached; try again")))
+            }
+            Some(State::Attached(vm)) => Ok(vm.clone()),
+            Some(State::Away(why)) => {
+                Err(Failure::new(FailureCode::Qemu, format!("VM {name:?} cannot be reached now: {why}")))
+            }
+            None => {
+                let names: Vec<_> = all.into_keys().collect();
+                Err(Failure::new(
+                    FailureCode::UnknownVm,
+                    format!("no VM {name:?} is served here; there are: {}", names.join(", ")),
+                ))
+            }
+        }
+    }
+
+    pub async fn answer(&self, request: Request) -> Result<Answer, Failure> {
+        let reply = match request {
+            Request::List => Reply::List { vms: self.list().await },
+            Request::Disks { vm } => {
+                let (machine, disks) = self.vm(&vm).await?.disks().await?;
+                Reply::Disks { machine, disks }
+            }
+            Request::Status { vm } => Reply::Status { vms: self.status(vm).await? },
+            Request::Estimate(begin) => Reply::Estimate { disks: self.vm(&begin.vm).await?.estimate(begin).await? },
+            Request::Begin(begin) => return Ok(Answer::Session(self.vm(&begin.vm).await?.begin(begin).await?)),
+            Request::Detach { vm } => Reply::Detached { removed: self.vm(&vm).await?.detach().await? },
+            Request::Ack(_) => return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session")),
+        };
+        Ok(Answer::Reply(reply))
+    }
+
+    async fn list(&self) -> Vec<VmEntry> {
+        let mut out = vec![];
+        for (vm, state) in self.all() {
+            let state = match state {
+                State::Starting => STARTING.to_owned(),
+                State::Attached(v) => v.status().await.state,
+                State::Away(why) => why,
+            };
+            out.push(VmEntry { vm, state });
+        }
+        out
+    }
+
+    async fn status(&self, vm: Option<String>) -> Result<Vec<VmStatus>, Failure> {
+        if let Some(name) = vm {
+            return Ok(vec![self.vm(&name).await?.status().await]);
+        }
+        let mut out = vec![];
+        for (vm, state) in self.all() {
+            out.push(match state {
+                State::Attached(v) => v.status().await,
+                State::Starting => unreached(vm, STARTING.to_owned()),
+                State::Away(why) => unreached(vm, why),
+            });
+        }
+        Ok(out)
+    }
+}
+
+/// Status of a VM that is not attached.
+fn unreached(vm: String, state: String) -> VmStatus {
+    VmStatus { vm, state, qemu_version: None, session: None, disks: vec![] }
+}
