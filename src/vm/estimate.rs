@@ -1,9 +1,8 @@
 //! Estimating: what a backup would read, found without taking one.
 
-use std::path::Path;
-
+use super::harvest::{self, Harvester};
 use super::tracking::Plan;
-use super::{Vm, fleece, internal, qemu_failed, tracking};
+use super::{Vm, internal, qemu_failed, tracking};
 use crate::checkpoint::Bitmap;
 use crate::units::{CheckpointId, GRANULE_BYTES};
 use crate::wire::message::{Begin, Estimated, Failure};
@@ -27,7 +26,7 @@ impl Vm {
     }
 
     async fn estimates(&self, plans: &[(Plan, Option<String>)], chunk_bytes: u64) -> Result<Vec<Estimated>, Failure> {
-        let mut socket = None;
+        let mut harvester = Harvester::new(self.monitor().clone(), &self.inner.place.sockets);
         let mut out = vec![];
         for (i, (plan, _)) in plans.iter().enumerate() {
             let mut needed = match &plan.sealed {
@@ -35,10 +34,7 @@ impl Vm {
                 Some(sealed) => {
                     let mut needed = sealed.clone();
                     if let Some(head) = plan.log.last() {
-                        if socket.is_none() {
-                            socket = Some(fleece::start_nbd_server(self.monitor(), &self.inner.place.sockets).await?);
-                        }
-                        let live = self.live_bitmap(i, plan, head, socket.as_deref().unwrap_or(Path::new(""))).await?;
+                        let live = self.live_bitmap(i, plan, head, &mut harvester).await?;
                         needed.union_with(&live).map_err(internal)?;
                     }
                     needed
@@ -55,14 +51,20 @@ impl Vm {
         Ok(out)
     }
 
-    async fn live_bitmap(&self, i: usize, plan: &Plan, head: CheckpointId, socket: &Path) -> Result<Bitmap, Failure> {
+    async fn live_bitmap(
+        &self,
+        i: usize,
+        plan: &Plan,
+        head: CheckpointId,
+        harvester: &mut Harvester,
+    ) -> Result<Bitmap, Failure> {
         let (monitor, names) = (self.monitor(), self.names());
         let (helper, size_bytes) = (names.helper(i), plan.disk.size_bytes);
-        fleece::add_helper_node(monitor, &helper, size_bytes).await.map_err(qemu_failed)?;
+        harvest::add_helper_node(monitor, &helper, size_bytes).await.map_err(qemu_failed)?;
         tracking::add_bitmap(monitor, &helper, "old", GRANULE_BYTES, true).await.map_err(qemu_failed)?;
         tracking::merge(monitor, (&helper, "old"), &[(&plan.disk.node, &names.since(head))])
             .await
             .map_err(qemu_failed)?;
-        fleece::read_bitmap(monitor, socket, &helper, "old", size_bytes).await
+        harvester.read(&helper, "old", size_bytes).await
     }
 }

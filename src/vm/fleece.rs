@@ -20,14 +20,14 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::guardian::Guardian;
+use super::harvest::{self, Harvester};
 use super::names::Names;
 use super::scratch::ScratchDir;
 use super::tracking::{self, Plan, add_bitmap, merge};
@@ -37,9 +37,9 @@ use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::fault;
 use crate::monitor::{Capabilities, Monitor, MonitorError, run_state};
-use crate::nbd::{self, ConnectOptions, NbdError, Wanted};
+use crate::nbd;
 use crate::units::GRANULE_BYTES;
-use crate::wire::message::{Failure, FailureCode};
+use crate::wire::message::Failure;
 
 /// A guest write waits no longer than this for a scratch that is slow. Some versions wrap above 4 s.
 const CBW_TIMEOUT_S: u64 = 4;
@@ -79,7 +79,7 @@ pub struct Fleece {
     /// The disks, in the session's order.
     pub disks: Vec<FleeceDisk>,
     chunk_bytes: u64,
-    nbd: Option<PathBuf>,
+    harvester: Harvester,
     /// The instant.
     pub instant: Timestamp,
     /// How long the guest was stopped for it.
@@ -101,7 +101,8 @@ impl Fleece {
         });
         let disks = disks.collect();
         let (instant, stopped) = (Timestamp::UNIX_EPOCH, Duration::ZERO);
-        let mut this = Self { bench, disks, chunk_bytes, nbd: None, instant, stopped };
+        let harvester = Harvester::new(bench.monitor.clone(), &bench.sockets);
+        let mut this = Self { bench, disks, chunk_bytes, harvester, instant, stopped };
         this.prepare().await?;
         for attempt in 0.. {
             this.take_instant().await?;
@@ -170,7 +171,7 @@ impl Fleece {
         let Bench { monitor, names, .. } = &self.bench;
         let disk = &self.disks[i];
         let node = names.helper(i);
-        add_helper_node(monitor, &node, disk.plan.disk.size_bytes).await.map_err(qemu_failed)?;
+        harvest::add_helper_node(monitor, &node, disk.plan.disk.size_bytes).await.map_err(qemu_failed)?;
         let sentinel = matches!(disk.plan.track, tracking::Track::Begin { .. });
         let sealed = disk.plan.sealed.clone().filter(|b| !b.is_empty());
         let chunk_bytes = self.chunk_bytes;
@@ -181,42 +182,17 @@ impl Fleece {
         }
         if let Some(sealed) = sealed {
             let extents: Vec<_> = sealed.extents().collect();
-            self.set_bits(&node, extents).await?;
+            self.harvester.set_bits(&node, extents).await?;
         }
         if sentinel {
             let disk = self.disks[i].plan.disk.clone();
             add_bitmap(&self.bench.monitor, &node, "last", GRANULE_BYTES, false).await.map_err(qemu_failed)?;
             let last = disk.size_bytes.saturating_sub(1) / GRANULE_BYTES * GRANULE_BYTES;
-            self.set_bits(&node, vec![Extent::between(last, disk.size_bytes)]).await?;
+            self.harvester.set_bits(&node, vec![Extent::between(last, disk.size_bytes)]).await?;
             tracking::set_sentinel(&self.bench.monitor, &self.bench.names, &disk.node, (&node, "last")).await?;
             // `need` has the bit too now; a new epoch's disk is read whole, so it is not used.
         }
         Ok(())
-    }
-
-    /// Sets bits in the enabled bitmaps of a helper node, by writing zeroes to it.
-    async fn set_bits(&mut self, node: &str, extents: Vec<Extent>) -> Result<(), Failure> {
-        let socket = self.nbd_server().await?;
-        let Bench { monitor, .. } = &self.bench;
-        let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "writable": true});
-        monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
-        let wanted = Wanted { export: node.to_owned(), contexts: vec![] };
-        let client =
-            nbd::connect(&nbd::Address::Unix(socket), &wanted, &ConnectOptions::default()).await.map_err(internal)?;
-        let whole = extents.into_iter().flat_map(|e| e.split_at_multiples(1 << 30));
-        client.write_zeroes_all(whole, false).await.map_err(internal)?;
-        client.close().await;
-        undo::delete_export(monitor, node).await.map_err(qemu_failed)
-    }
-
-    /// Starts QEMU's NBD server, once; gives its socket.
-    async fn nbd_server(&mut self) -> Result<PathBuf, Failure> {
-        if let Some(socket) = &self.nbd {
-            return Ok(socket.clone());
-        }
-        let socket = start_nbd_server(&self.bench.monitor, &self.bench.sockets).await?;
-        self.nbd = Some(socket.clone());
-        Ok(socket)
     }
 
     /// Step 2. Whatever fails, the guest is let go.
@@ -375,8 +351,7 @@ impl Fleece {
         let disk = self.disks[i].plan.disk.clone();
         let helper = names.helper(i);
         merge(&monitor, (&helper, "old"), &[(&disk.node, &names.since(head))]).await.map_err(qemu_failed)?;
-        let socket = self.nbd_server().await?;
-        let bitmap = read_bitmap(&monitor, &socket, &helper, "old", disk.size_bytes).await?;
+        let bitmap = self.harvester.read(&helper, "old", disk.size_bytes).await?;
         fault::point("fleece.harvested");
         Ok(Some(bitmap))
     }
@@ -413,13 +388,11 @@ impl Fleece {
         if !capabilities.trust_block_status || !safe || self.disks[i].limited {
             return Ok(Bitmap::full(disk.size_bytes));
         }
-        let socket = self.nbd_server().await?;
-        let Bench { monitor, names, .. } = &self.bench;
-        let id = format!("{}st{i}", names.prefix());
+        let id = format!("{}st{i}", self.bench.names.prefix());
         let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id});
         let may_hold_data = |flags| flags & nbd::proto::STATE_ZERO == 0;
         let size_bytes = disk.size_bytes;
-        match marked(monitor, &socket, export, &id, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await? {
+        match self.harvester.marked(export, &id, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await? {
             Ok(data) => Ok(data),
             Err(error) => {
                 tracing::warn!(disk = disk.name, "which parts are empty cannot be had, so all is read: {error}");
@@ -434,7 +407,7 @@ impl Fleece {
         let id = names.snapshot(i);
         let socket = sockets.join(format!("{id}.vhost"));
         let addr = if monitor.can_pass_fds() && capabilities.sockets_by_descriptor {
-            pass_listener(monitor, &socket, &id).await?;
+            harvest::pass_listener(monitor, &socket, &id).await?;
             json!({"type": "fd", "str": id})
         } else {
             json!({"type": "unix", "path": socket})
@@ -447,7 +420,7 @@ impl Fleece {
 
     /// Exports a shown disk over NBD; gives the socket and the export's name.
     pub async fn export_nbd(&mut self, i: usize, node: &str) -> Result<(PathBuf, String), Failure> {
-        let socket = self.nbd_server().await?;
+        let socket = self.harvester.server().await?;
         let Bench { monitor, names, .. } = &self.bench;
         let id = names.snapshot(i);
         let writable = self.disks[i].has_filter();
@@ -472,89 +445,4 @@ impl Fleece {
 fn count(nodes: &Value, node: &str, bitmap: &str) -> Option<u64> {
     let found = nodes.as_array()?.iter().find(|n| n["node-name"] == node)?;
     found["dirty-bitmaps"].as_array()?.iter().find(|b| b["name"] == bitmap)?["count"].as_u64()
-}
-
-/// A node without a medium, of a disk's size, that carries bitmaps.
-pub async fn add_helper_node(monitor: &Monitor, node: &str, size_bytes: u64) -> Result<(), MonitorError> {
-    let options = json!({"driver": "null-co", "node-name": node, "size": size_bytes, "read-zeroes": true});
-    monitor.raw("blockdev-add", options).await.map(drop)
-}
-
-/// Starts QEMU's NBD server on a socket of ours.
-pub async fn start_nbd_server(monitor: &Monitor, sockets: &Path) -> Result<PathBuf, Failure> {
-    let socket = sockets.join("nbd");
-    Debts::new(sockets).owe(Debt::Nbd).map_err(internal)?;
-    let addr = if monitor.can_pass_fds() {
-        pass_listener(monitor, &socket, "livebackup-nbd").await?;
-        json!({"type": "fd", "data": {"str": "livebackup-nbd"}})
-    } else {
-        json!({"type": "unix", "data": {"path": socket}})
-    };
-    match monitor.raw("nbd-server-start", json!({"addr": addr})).await {
-        Ok(_) => Ok(socket),
-        Err(e) => {
-            if e.refusal().is_some() {
-                // Else it may start yet.
-                Debts::new(sockets).paid(Debt::Nbd);
-            }
-            let running = e.refusal().is_some_and(|words| words.contains("already running"));
-            if !running {
-                return Err(qemu_failed(e));
-            }
-            Err(Failure::new(
-                FailureCode::Busy,
-                "QEMU's only NBD server was started by another program, and bitmaps can leave QEMU no other way; \
-                 wait until that program is done, or stop the server with nbd-server-stop",
-            ))
-        }
-    }
-}
-
-/// Binds a socket and gives it to QEMU as a descriptor with this name.
-async fn pass_listener(monitor: &Monitor, socket: &Path, name: &str) -> Result<(), Failure> {
-    let _ = std::fs::remove_file(socket);
-    let listener =
-        UnixListener::bind(socket).map_err(|e| internal(format!("cannot listen at {}: {e}", socket.display())))?;
-    monitor.send_fd("getfd", json!({"fdname": name}), listener.as_fd()).await.map(drop).map_err(qemu_failed)
-}
-
-/// Reads a bitmap of a helper node over an export of its own.
-pub async fn read_bitmap(
-    monitor: &Monitor,
-    socket: &Path,
-    node: &str,
-    bitmap: &str,
-    size_bytes: u64,
-) -> Result<Bitmap, Failure> {
-    let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "bitmaps": [bitmap]});
-    let context = nbd::dirty_bitmap_context(bitmap);
-    let is_dirty = |flags| flags & nbd::proto::STATE_DIRTY != 0;
-    marked(monitor, socket, export, node, &context, size_bytes, is_dirty).await?.map_err(internal)
-}
-
-/// Adds an export, reads which granules a context marks, and deletes it again, before its client leaves. The inner
-/// error is the reading's: some can do without its answer.
-async fn marked(
-    monitor: &Monitor,
-    socket: &Path,
-    export: Value,
-    id: &str,
-    context: &str,
-    size_bytes: u64,
-    is_marked: impl Fn(u32) -> bool,
-) -> Result<Result<Bitmap, NbdError>, Failure> {
-    monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
-    let wanted = Wanted { export: id.to_owned(), contexts: vec![context.to_owned()] };
-    let address = nbd::Address::Unix(socket.to_owned());
-    let client = nbd::connect(&address, &wanted, &ConnectOptions::default()).await.map_err(internal)?;
-    let mut found = Bitmap::new(size_bytes);
-    let mark = |extent, flags| {
-        if is_marked(flags) {
-            found.set(extent);
-        }
-    };
-    let read = client.block_status_all(context, Extent::new(0, size_bytes), mark).await;
-    undo::delete_export(monitor, id).await.map_err(qemu_failed)?;
-    client.close().await;
-    Ok(read.map(|()| found))
 }

@@ -29,6 +29,7 @@ pub mod evidence;
 pub mod fleece;
 pub mod graph;
 pub mod guardian;
+pub mod harvest;
 pub mod names;
 pub mod place;
 pub mod scratch;
