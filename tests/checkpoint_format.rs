@@ -4,14 +4,19 @@
 
 use std::path::PathBuf;
 
-use livebackup::checkpoint::Bitmap;
-use livebackup::checkpoint::format::{self, Content, FormatError, Header};
+use livebackup::checkpoint::format::{self, Content, FormatError, Header, Payload};
+use livebackup::checkpoint::{Bitmap, fuzz};
 use livebackup::extent::Extent;
 use livebackup::units::{CheckpointId, EpochId, GRANULE_BYTES};
 use proptest::prelude::*;
 
 fn stored_example() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoint-v1/example.ckpt")
+}
+
+/// The same checkpoint in version 2.
+fn stored_runs() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoint-v2/example.ckpt")
 }
 
 /// What the stored example holds, known here and nowhere else.
@@ -33,6 +38,7 @@ fn example_header(stored_bytes: u64) -> Header {
         size_bytes: 1000 * GRANULE_BYTES + 4096,
         granule_bytes: GRANULE_BYTES as u32,
         covers: vec![CheckpointId::from_bytes([0x44; 16]), CheckpointId::from_bytes([0x55; 16])],
+        payload: Payload::Words,
         stored_bytes,
     }
 }
@@ -62,14 +68,48 @@ fn the_stored_example_opens() {
 
 #[test]
 fn a_turned_bit_or_byte_is_noticed_wherever_it_is() {
-    let file = std::fs::read(stored_example()).unwrap();
-    for at in 0..file.len() {
-        for change in (0..8).map(|bit| 1 << bit).chain([0xff, 0x55]) {
-            let mut twin = file.clone();
-            twin[at] ^= change;
-            assert!(format::decode(&twin).is_err(), "byte {at} ^ {change:#x} was not noticed");
+    for example in [stored_example(), stored_runs()] {
+        let file = std::fs::read(example).unwrap();
+        for at in 0..file.len() {
+            for change in (0..8).map(|bit| 1 << bit).chain([0xff, 0x55]) {
+                let mut twin = file.clone();
+                twin[at] ^= change;
+                assert!(format::decode(&twin).is_err(), "byte {at} ^ {change:#x} was not noticed");
+            }
         }
     }
+}
+
+#[test]
+fn the_stored_example_of_version_2_opens() {
+    let file = std::fs::read(stored_runs()).unwrap();
+    let (header, bitmap) = format::decode(&file).unwrap();
+    let Payload::Runs { raw_bytes } = header.payload else { panic!("{header:?}") };
+    assert!(raw_bytes < 1001 / 8, "shorter than the words");
+    assert_eq!(header, Header { payload: header.payload, ..example_header(header.stored_bytes) });
+    assert_eq!(bitmap, example_bitmap());
+    assert_eq!(Header::read_file(&stored_runs()).unwrap(), header);
+    assert_eq!(&file[..16], b"LBCKPT\x00\x01\x02\x00\x00\x00\x80\x00\x00\x00", "the start is frozen");
+    let again = encode(&example_header(0), &example_bitmap());
+    assert_eq!(again[..16], file[..16], "what is sparse is written in version 2");
+}
+
+/// Words where they are shorter: version 1 is still written.
+#[test]
+fn a_dense_bitmap_is_written_as_words() {
+    let mut bitmap = Bitmap::new(1000 * GRANULE_BYTES);
+    (0..1000).filter(|n| n % 3 != 0).for_each(|n| bitmap.set(Extent::new(n * GRANULE_BYTES, 1)));
+    let mut file = encode(&example_header(0), &bitmap);
+    let (header, again) = format::decode(&file).unwrap();
+    assert_eq!((header.payload, again), (Payload::Words, bitmap));
+    // The same payload for a disk that is shorter by 16 granules: the last bits are past its end.
+    file[16 + 64..16 + 72].copy_from_slice(&(984 * GRANULE_BYTES).to_le_bytes());
+    let crc = crc32fast::hash(&file[..144]).to_le_bytes();
+    file[144..148].copy_from_slice(&crc);
+    let end = file.len() - 4;
+    let crc = crc32fast::hash(&file[..end]).to_le_bytes();
+    file[end..].copy_from_slice(&crc);
+    assert!(matches!(format::decode(&file), Err(FormatError::Field("payload"))));
 }
 
 #[test]
@@ -115,7 +155,7 @@ fn fields_are_checked_even_under_good_checksums() {
 
 #[test]
 fn a_bit_past_the_disk_is_refused() {
-    // 65 granules need two words; the same payload under a header that says 66 is fine, under 65 it is not.
+    // The same payload under a header that says 66 granules is fine, under 65 it is not.
     let mut bitmap = Bitmap::new(66 * GRANULE_BYTES);
     bitmap.set(Extent::new(65 * GRANULE_BYTES, 1));
     let mut header = example_header(0);
@@ -134,7 +174,7 @@ fn a_bit_past_the_disk_is_refused() {
 #[test]
 fn a_later_version_is_named() {
     let mut file = std::fs::read(stored_example()).unwrap();
-    file[8] = 2;
+    file[8] = 3;
     assert!(format::decode(&file).unwrap_err().to_string().contains("use the newer one"));
 }
 
@@ -167,35 +207,38 @@ fn noise(seed: u64) -> impl FnMut() -> u64 {
 
 #[test]
 fn noise_never_panics_and_is_never_taken() {
-    let example = std::fs::read(stored_example()).unwrap();
-    let mut next = noise(1);
-    for _ in 0..20_000 {
-        let mut file = if next().is_multiple_of(4) {
-            (0..next() % 300).map(|_| next() as u8).collect::<Vec<_>>()
-        } else {
-            let mut file = example.clone();
-            for _ in 0..1 + next() % 6 {
-                let at = (next() % file.len() as u64) as usize;
-                file[at] = next() as u8;
+    for example in [stored_example(), stored_runs()] {
+        let example = std::fs::read(example).unwrap();
+        let header_end = 16 + u32::from_le_bytes(example[12..16].try_into().unwrap()) as usize;
+        let mut next = noise(1);
+        for _ in 0..20_000 {
+            let mut file = if next().is_multiple_of(4) {
+                (0..next() % 300).map(|_| next() as u8).collect::<Vec<_>>()
+            } else {
+                let mut file = example.clone();
+                for _ in 0..1 + next() % 6 {
+                    let at = (next() % file.len() as u64) as usize;
+                    file[at] = next() as u8;
+                }
+                file.truncate((next() % (2 * file.len() as u64)) as usize);
+                file
+            };
+            if next().is_multiple_of(2) && file.len() >= 16 {
+                file[..16].copy_from_slice(&example[..16]);
             }
-            file.truncate((next() % (2 * file.len() as u64)) as usize);
-            file
-        };
-        if next().is_multiple_of(2) && file.len() >= 16 {
-            file[..16].copy_from_slice(&example[..16]);
+            // A file whose checksums are made good again: the checks behind them are reached.
+            if file.len() > header_end + 8 && next().is_multiple_of(2) {
+                let crc = crc32fast::hash(&file[..header_end]).to_le_bytes();
+                file[header_end..header_end + 4].copy_from_slice(&crc);
+                let end = file.len() - 4;
+                let crc = crc32fast::hash(&file[..end]).to_le_bytes();
+                file[end..].copy_from_slice(&crc);
+            } else if file != example {
+                assert!(format::decode(&file).is_err());
+            }
+            let _ = fuzz::file(&file);
         }
-        // A header whose checksum is made good again: the checks behind it are reached.
-        if file.len() > 148 && next().is_multiple_of(2) {
-            let crc = crc32fast::hash(&file[..144]).to_le_bytes();
-            file[144..148].copy_from_slice(&crc);
-            let end = file.len() - 4;
-            let crc = crc32fast::hash(&file[..end]).to_le_bytes();
-            file[end..].copy_from_slice(&crc);
-        } else if file != example {
-            assert!(format::decode(&file).is_err());
-        }
-        let _ = format::decode(&file);
-        let _ = Header::read(&file[..], file.len() as u64);
+        assert!(fuzz::file(&example).is_some());
     }
 }
 

@@ -219,7 +219,7 @@ fn a_damaged_epoch_file_means_no_epoch() {
     assert_eq!(Log::open(dir.path()).unwrap().since(id(4)).unwrap_err(), NotInLog::Unknown(id(4)));
 }
 
-/// Checkpoints 2 and 3 merged into 4, as a later version may do: asked for 2 or 3, a superset is the answer.
+/// Checkpoints 2 and 3 merged into 4: asked for 2 or 3, a superset is the answer.
 #[test]
 fn a_merged_file_answers_for_what_it_covers() {
     for interrupted in [false, true] {

@@ -64,24 +64,41 @@ impl Bitmap {
         all
     }
 
-    /// The bitmap of these words (least significant bit first), or `None` when their number is not what the size asks
-    /// for or a bit past the last granule is set.
-    pub(super) fn from_words(size_bytes: u64, granule_bytes: u64, words: Vec<u64>) -> Option<Self> {
-        let count = size_bytes.div_ceil(granule_bytes);
-        if words.len() as u64 != count.div_ceil(WORD_BITS) {
-            return None;
-        }
-        if words.last().is_some_and(|last| last & !tail_mask(count) != 0) {
-            return None;
-        }
-        let mut bits = BitVec::from_vec(words);
-        bits.truncate(count as usize);
-        Some(Self { size_bytes, granule_bytes, bits })
-    }
-
     /// The words, least significant bit first.
     pub(super) fn words(&self) -> &[u64] {
         self.bits.as_raw_slice()
+    }
+
+    /// How many granules the disk has.
+    pub(super) fn granules(&self) -> u64 {
+        self.bits.len() as u64
+    }
+
+    /// Sets the granules `first..past`, which the disk has.
+    pub(super) fn set_granules(&mut self, first: u64, past: u64) {
+        debug_assert!(past <= self.granules());
+        let words = self.words_mut();
+        if past - first == 1 {
+            words[(first / WORD_BITS) as usize] |= 1 << (first % WORD_BITS);
+        } else {
+            for_words(first, past, |index, mask| words[index] |= mask);
+        }
+    }
+
+    /// Sets what is set in these words of a bitmap of the same size; `None` when their number is not what the size asks
+    /// for or a bit past the last granule is set, and then some bits may be set.
+    pub(super) fn union_words(&mut self, theirs: &[u8]) -> Option<()> {
+        let (theirs, rest) = theirs.as_chunks::<8>();
+        let tail = tail_mask(self.granules());
+        let words = self.words_mut();
+        if theirs.len() != words.len() || !rest.is_empty() {
+            return None;
+        }
+        if theirs.last().is_some_and(|last| u64::from_le_bytes(*last) & !tail != 0) {
+            return None;
+        }
+        words.iter_mut().zip(theirs).for_each(|(ours, theirs)| *ours |= u64::from_le_bytes(*theirs));
+        Some(())
     }
 
     fn words_mut(&mut self) -> &mut [u64] {
@@ -198,15 +215,20 @@ impl Bitmap {
 
     /// The maximal runs of set granules in bytes, ascending; the last one ends at the disk's size at most.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        let at = |granule: u64| (granule * self.granule_bytes).min(self.size_bytes);
+        self.runs().map(move |(first, past)| Extent::between(at(first), at(past)))
+    }
+
+    /// The maximal runs of set granules, ascending: each the first and the one past the last.
+    pub(super) fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let words = self.words();
         let mut at = 0;
         std::iter::from_fn(move || {
             let first = next_bit(words, at, 0)?;
             // Where no clear bit follows, the run goes to the end; the tail's zeroes may not even exist.
-            let past = next_bit(words, first, u64::MAX).unwrap_or(words.len() as u64 * WORD_BITS);
+            let past = next_bit(words, first, u64::MAX).unwrap_or(self.granules());
             at = past;
-            let end = (past * self.granule_bytes).min(self.size_bytes);
-            Some(Extent::between(first * self.granule_bytes, end))
+            Some((first, past))
         })
     }
 

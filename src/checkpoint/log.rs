@@ -17,6 +17,8 @@
 //! answering; what came before is "unknown", so that its owner reads the whole disk. A damaged `epoch.json` means
 //! that no epoch runs.
 //!
+//! **Growth** is bounded: a seal that leaves the log over its limits merges old neighbours, see [`merge`](super::merge).
+//!
 //! Only one process may have a log open; the caller holds the lock of the state directory. All calls that take or give a
 //! bitmap block on files: keep them off an async runtime's threads.
 
@@ -27,7 +29,8 @@ use jiff::Timestamp;
 use super::bitmap::Bitmap;
 use super::epoch::{Epoch, EpochEnd, FILE_NAME, MAX_ENDED_CHECKPOINTS, QemuInstance, State};
 use super::error::{LogError, NotInLog};
-use super::format::{self, Content, FormatError, Header};
+use super::format::{Content, Decoder, FormatError, Header};
+use super::merge::Limits;
 use crate::durable::{self, DurableError, Replace};
 use crate::fault;
 use crate::limits::MAX_DISK_BYTES;
@@ -199,13 +202,14 @@ impl Log {
         let Some(epoch) = &self.state.epoch else { return self.state.last_end.clone() };
         let mut known: Vec<_> = self.cut_off.iter().chain(&self.chain).collect();
         known.sort_by_key(|h| h.number);
+        let known: Vec<_> = known.iter().flat_map(|h| h.covers.iter().copied().chain([h.id])).collect();
         let newest = &known[known.len().saturating_sub(MAX_ENDED_CHECKPOINTS)..];
         Some(EpochEnd {
             epoch: epoch.id,
             time: Timestamp::now(),
             reason: reason.to_owned(),
             number: epoch.number,
-            checkpoints: newest.iter().map(|h| h.id).collect(),
+            checkpoints: newest.to_vec(),
         })
     }
 
@@ -230,6 +234,10 @@ impl Log {
         self.write_state(State { epoch: Some(epoch), last_end: self.state.last_end.clone() })?;
         self.chain.push(header);
         fault::point("seal.done");
+        // The checkpoint is sealed, whatever becomes of older ones.
+        if let Err(error) = self.merge_old(Limits::default()) {
+            tracing::warn!(log = %self.dir.display(), "old checkpoints cannot be merged: {error}");
+        }
         Ok(())
     }
 
@@ -239,17 +247,12 @@ impl Log {
     /// When the log cannot tell. The bitmaps are read from their files now, so that damage may be found only here.
     pub fn since(&self, id: CheckpointId) -> Result<Bitmap, NotInLog> {
         let Some(epoch) = &self.state.epoch else { return Err(self.not_in_log(id)) };
-        let mut union = Bitmap::new(epoch.size_bytes);
         if id == epoch.last {
-            return Ok(union);
+            return Ok(Bitmap::new(epoch.size_bytes));
         }
         let from = self.position(id).ok_or_else(|| self.not_in_log(id))?;
-        for header in &self.chain[from..] {
-            let damaged = |reason| NotInLog::Damaged { id, file: self.path(header.id), reason };
-            let bitmap = self.read_bitmap(header, epoch.size_bytes).map_err(damaged)?;
-            union.union_with(&bitmap).map_err(|e| damaged(e.to_string()))?;
-        }
-        Ok(union)
+        let union = self.union(&self.chain[from..], epoch.size_bytes);
+        union.map_err(|(header, reason)| NotInLog::Damaged { id, file: self.path(header.id), reason })
     }
 
     /// Where in the chain the bitmaps after `id` start.
@@ -287,10 +290,11 @@ impl Log {
         }
     }
 
-    /// Reads a bitmap and holds its file to the header that was read when the log was opened.
-    pub(super) fn read_bitmap(&self, header: &Header, size_bytes: u64) -> Result<Bitmap, String> {
-        if header.size_bytes != size_bytes {
-            return Err(format!("is of a disk of {} bytes, not {size_bytes}", header.size_bytes));
+    /// Joins a bitmap with what a checkpoint's file has, and holds the file to the header that was read when the log was
+    /// opened. After an error some bits may be set.
+    pub(super) fn read_into(&self, decoder: &mut Decoder, header: &Header, bitmap: &mut Bitmap) -> Result<(), String> {
+        if header.size_bytes != bitmap.size_bytes() {
+            return Err(format!("is of a disk of {} bytes, not {}", header.size_bytes, bitmap.size_bytes()));
         }
         let path = self.path(header.id);
         // The length is the header's: a file that grew since is not read without end.
@@ -299,8 +303,8 @@ impl Log {
             return Err(FormatError::Length { expected: header.file_bytes(), found }.to_string());
         }
         let file = std::fs::read(&path).map_err(|e| format!("cannot be read: {e}"))?;
-        let (again, bitmap) = format::decode(&file).map_err(|e| e.to_string())?;
-        if again != *header { Err("was exchanged".to_owned()) } else { Ok(bitmap) }
+        let again = decoder.union(&file, bitmap).map_err(|e| e.to_string())?;
+        if again != *header { Err("was exchanged".to_owned()) } else { Ok(()) }
     }
 
     fn write_checkpoint(&self, epoch: EpochId, sealed: &Sealed<'_>) -> Result<Header, LogError> {

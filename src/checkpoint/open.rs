@@ -1,12 +1,13 @@
 //! Opening a log: reads what is there and mends what a crash left. The order of writes that it relies on is in
 //! [`log`](super::log).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use super::bitmap::Bitmap;
 use super::epoch::{Epoch, FILE_NAME, State};
 use super::error::LogError;
-use super::format::Header;
+use super::format::{Decoder, Header};
 use super::log::{Damaged, ENDING, Log};
 use crate::durable::{self, DurableError};
 use crate::units::{CheckpointId, EpochId};
@@ -30,7 +31,7 @@ impl Log {
         if let Some(epoch) = log.state.epoch.clone() {
             log.remove_strays(&mut found, epoch.id)?;
             log.adopt(&found)?;
-            log.link(found);
+            log.link(found)?;
         }
         Ok(log)
     }
@@ -72,7 +73,9 @@ impl Log {
         let Some(epoch) = self.state.epoch.clone() else { return Ok(()) };
         let mut followers = found.values().filter(|h| h.prev == Some(epoch.last));
         let (Some(next), None) = (followers.next(), followers.next()) else { return Ok(()) };
-        if let Err(reason) = self.read_bitmap(next, epoch.size_bytes) {
+        let mut bitmap = Bitmap::with_granule(epoch.size_bytes, next.granule_bytes.into());
+        let read = Decoder::new().map_err(|e| e.to_string());
+        if let Err(reason) = read.and_then(|mut decoder| self.read_into(&mut decoder, next, &mut bitmap)) {
             self.damaged.push(Damaged { file: self.path(next.id), reason });
             return Ok(());
         }
@@ -85,7 +88,7 @@ impl Log {
     }
 
     /// Follows the chain from the head to the first checkpoint or a gap.
-    fn link(&mut self, mut found: HashMap<CheckpointId, Header>) {
+    fn link(&mut self, mut found: HashMap<CheckpointId, Header>) -> Result<(), LogError> {
         let mut wanted = self.state.epoch.as_ref().map(|e| e.last);
         while let Some(id) = wanted {
             let Some(header) = found.remove(&id) else {
@@ -99,8 +102,13 @@ impl Log {
             self.chain.push(header);
         }
         self.chain.reverse();
-        // A merge that was interrupted leaves files that a merged one answers for.
-        found.retain(|id, _| !self.chain.iter().any(|h| h.covers.contains(id)));
+        // A merge that was interrupted leaves a file that a merged one answers for.
+        let covered: HashSet<_> = self.chain.iter().flat_map(|h| &h.covers).collect();
+        let merged: Vec<_> = found.extract_if(|id, _| covered.contains(id)).map(|(id, _)| id).collect();
+        for id in merged {
+            durable::remove_file(&self.path(id))?;
+        }
         self.cut_off = found.into_values().collect();
+        Ok(())
     }
 }
