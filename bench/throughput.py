@@ -7,7 +7,7 @@ LIVEBACKUP names the program, QEMU the emulator, LIVEBACKUP_BENCH_MIB the data (
 TMPDIR where everything is put. No bar fails the run."""
 import argparse, json, os, platform, shutil, socket, statistics, subprocess, sys, tempfile, time
 sys.dont_write_bytecode = True  # nothing is left beside the sources
-from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, flush, make, peak_mib, processor_seconds, stored_mib
+from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, evict, flush, make, peak_mib, processor_seconds, stored_mib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = int(os.environ.get("LIVEBACKUP_BENCH_MIB", "3072"))
@@ -135,6 +135,7 @@ def one_run(b, run, small, big, extents):
     references = [f"{w}/reference-{d}.qcow2" for d, _, _ in small.disks]
     def restore():
         shutil.rmtree(f"{w}/restored", ignore_errors=True)
+        evict(full)
         b.record("restore, livebackup", payload, lambda: (b.command([PROGRAM, "restore", full, "bench@latest", f"{w}/restored", "--format", "raw"]), [f"{w}/restored"]))
         if run == 0 and os.path.isdir(f"{w}/restored"):
             for (device, _, _), reference in zip(small.disks, references):
@@ -143,11 +144,13 @@ def one_run(b, run, small, big, extents):
         shutil.rmtree(f"{w}/restored", ignore_errors=True)
     def convert():
         files = [f"{w}/converted-{d}.raw" for d, _, _ in small.disks]
+        evict(*references)
         b.record("restore, qemu-img convert", payload, lambda: (b.command(*[["qemu-img", "convert", "-W", "-O", "raw", r, f] for r, f in zip(references, files)]), files))
         for path in filter(os.path.exists, files):
             os.unlink(path)
     for way in (restore, convert) if run % 2 == 0 else (convert, restore):
         way()
+    evict(full)
     b.record("verify", payload, lambda: (b.command([PROGRAM, "verify", full]), []))
 
     # Incrementals: everything sees the same writes. The repositories get their parents in the first run.

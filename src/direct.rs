@@ -1,20 +1,23 @@
-//! Direct: writing large data past the page cache.
+//! Direct: writing and reading large data past the page cache.
 //!
-//! What a backup or a restore writes is read by nobody soon. Through the page cache it would cost a copy, the first touch
-//! of a page for every 4 KiB (on virtual hosts the dearest part), and the pages of a host whose guests need them.
+//! What a backup or a restore writes is read by nobody soon, and what a restore reads was written long ago. Through the
+//! page cache it would cost a copy, the first touch of a page for every 4 KiB (on virtual hosts the dearest part), and the
+//! pages of a host whose guests need them.
 //!
 //! ```text
 //! bytes ── aligned in memory and file? ──yes──► descriptor with O_DIRECT
-//!                  │ no, or the file system takes none
+//!                  │ no, or the file system has none
 //!                  └──────────────────────────► the usual descriptor
 //! ```
 //!
-//! The two never touch the same page: direct writes cover whole pages only. Neither way is durable before a flush.
+//! The two never write the same page: direct writes cover whole pages only. Neither way is durable before a flush. A
+//! direct read sees what was written either way.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
@@ -24,9 +27,75 @@ use nix::sys::uio::pwritev;
 /// Direct writes are aligned to this in memory and in the file: a page, and a multiple of any usual device's block.
 pub const ALIGN_BYTES: usize = 4096;
 
+/// Shorter reads gain nothing, and may find neighbours that were read ahead.
+const DIRECT_READ_BYTES: usize = 64 << 10;
+
 /// Whether a position in memory or in a file is aligned.
 fn is_aligned(position: u64) -> bool {
     position.is_multiple_of(ALIGN_BYTES as u64)
+}
+
+/// Opens the same file once more, whatever became of its name.
+fn open_direct(file: &File, options: &mut OpenOptions) -> Option<File> {
+    options.custom_flags(libc::O_DIRECT).open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()
+}
+
+/// A file that is read directly where that is possible and worth it.
+#[derive(Debug)]
+pub struct DirectReader {
+    file: File,
+    /// Opened by the first large read.
+    direct: OnceLock<Option<File>>,
+    refused: AtomicBool,
+}
+
+impl DirectReader {
+    /// Takes a file that is open for reading.
+    pub fn new(file: File) -> Self {
+        Self { file, direct: OnceLock::new(), refused: AtomicBool::new(false) }
+    }
+
+    /// Reads exactly `out`, directly if it is large and aligned in memory, in length and in the file.
+    pub fn read_exact_at(&self, out: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        let aligned = [out.as_ptr() as u64, out.len() as u64, offset_bytes].into_iter().all(is_aligned);
+        let done = if aligned { self.read_direct(out, offset_bytes)? } else { 0 };
+        self.file.read_exact_at(&mut out[done..], offset_bytes + done as u64)
+    }
+
+    /// Reads `len` bytes into a buffer, with what is around them up to the next page, so that a large read can be a
+    /// direct one. Gives the bytes.
+    pub fn read_around<'a>(&self, out: &'a mut AlignedBytes, offset_bytes: u64, len: usize) -> io::Result<&'a [u8]> {
+        let skip = (offset_bytes % ALIGN_BYTES as u64) as usize;
+        out.reserve((skip + len).next_multiple_of(ALIGN_BYTES));
+        out.set_len((skip + len).next_multiple_of(ALIGN_BYTES));
+        // A file may end before the page does.
+        let done = self.read_direct(out, offset_bytes - skip as u64)?.clamp(skip, skip + len);
+        self.file.read_exact_at(&mut out[done..skip + len], offset_bytes - skip as u64 + done as u64)?;
+        Ok(&out[skip..skip + len])
+    }
+
+    /// Reads whole pages directly, as far as the file goes and its file system does so; how far.
+    fn read_direct(&self, out: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+        if out.len() < DIRECT_READ_BYTES || self.refused.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        let direct = self.direct.get_or_init(|| open_direct(&self.file, OpenOptions::new().read(true)));
+        let Some(direct) = direct else { return Ok(0) };
+        let mut done = 0;
+        while done < out.len() && is_aligned(done as u64) {
+            match direct.read_at(&mut out[done..], offset_bytes + done as u64) {
+                Ok(0) => break,
+                Ok(some) => done += some,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                    self.refused.store(true, Ordering::Relaxed);
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
 }
 
 /// A file that is written directly where that is possible.
@@ -41,9 +110,7 @@ impl DirectFile {
     /// Takes an open regular file or block device. Where the kernel opens it no second time for direct writes, everything
     /// goes the usual way.
     pub fn new(file: File) -> Self {
-        // The same file, whatever became of its name.
-        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(again).ok();
+        let direct = open_direct(&file, OpenOptions::new().write(true));
         Self { file, direct, refused: AtomicBool::new(false) }
     }
 
@@ -119,7 +186,7 @@ impl DirectFile {
     }
 }
 
-/// Bytes that begin aligned in memory. Never longer than the capacity that it was made with.
+/// Bytes that begin aligned in memory. Never longer than the capacity that was asked for.
 #[derive(Debug)]
 pub struct AlignedBytes {
     bytes: Vec<u8>,
@@ -134,6 +201,13 @@ impl AlignedBytes {
         let start = bytes.as_ptr().align_offset(ALIGN_BYTES);
         // The memory of a vector stays where it is as long as it is not made longer.
         Self { bytes, start: start.min(ALIGN_BYTES), len: 0 }
+    }
+
+    /// Makes room for so many bytes in all; what it held is lost if it has to move.
+    pub fn reserve(&mut self, capacity_bytes: usize) {
+        if self.bytes.len() < capacity_bytes + ALIGN_BYTES {
+            *self = Self::new(capacity_bytes);
+        }
     }
 
     /// How many more bytes fit.
@@ -215,6 +289,32 @@ mod tests {
             file.file().read_exact_at(&mut found, 0).unwrap();
             prop_assert!(found == model);
             prop_assert_eq!(file.file().metadata().unwrap().len(), model.len() as u64);
+        }
+    }
+
+    #[test]
+    fn every_part_is_read_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..300_001u32).map(|i| (i / 3) as u8).collect();
+        std::fs::write(dir.path().join("file"), &bytes).unwrap();
+        let reader = || DirectReader::new(File::open(dir.path().join("file")).unwrap());
+        for refuses in [false, true] {
+            let reader = reader();
+            reader.refused.store(refuses, Ordering::Relaxed);
+            let mut out = AlignedBytes::new(0);
+            for (at, len) in
+                [(0, 300_001), (0, 65536), (4096, 200_000), (5, 299_996), (250_000, 50_001), (299_999, 2), (7, 0)]
+            {
+                assert_eq!(reader.read_around(&mut out, at as u64, len).unwrap(), &bytes[at..at + len], "{at}+{len}");
+            }
+            for (at, len) in [(4096, 131_072), (4096, 131_073), (1, 131_072), (0, 300_001)] {
+                out.reserve(len);
+                out.set_len(len);
+                reader.read_exact_at(&mut out, at as u64).unwrap();
+                assert!(out[..] == bytes[at..at + len], "{at}+{len}");
+            }
+            let past = reader.read_around(&mut out, 200_000, 100_002).unwrap_err();
+            assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
         }
     }
 

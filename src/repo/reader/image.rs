@@ -253,8 +253,7 @@ impl Reader {
         let first = run[0].1;
         let begin = u64::from(first.placed.offset_bytes);
         let len = run[run.len() - 1].1.placed.end() - begin;
-        self.pread(first.pack, begin, scratch.stored(len as usize))?;
-        let (zstd, stored) = scratch.split();
+        let (zstd, stored) = self.load(scratch, first.pack, begin, len as usize)?;
         for (chunk, location) in run {
             let from = (u64::from(location.placed.offset_bytes) - begin) as usize;
             let stored = &stored[from..from + location.placed.stored_len as usize];

@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::direct::{AlignedBytes, DirectReader};
 use crate::extent::Extent;
 use crate::repo::digest::Digest;
 use crate::repo::error::{FormatError, RepoError};
@@ -33,7 +33,7 @@ const MAX_OPEN_PACKS: usize = 128;
 pub struct Reader {
     layout: Arc<Layout>,
     index: IndexSet,
-    open: Mutex<HashMap<PackId, Arc<File>>>,
+    open: Mutex<HashMap<PackId, Arc<DirectReader>>>,
     _shared: Option<Lock>,
 }
 
@@ -98,12 +98,10 @@ impl Reader {
         out: &mut [u8],
     ) -> Result<(), RepoError> {
         let placed = location.placed;
-        let stored = scratch.stored(placed.stored_len as usize);
-        self.pread(location.pack, placed.offset_bytes.into(), stored)?;
+        let (zstd, stored) =
+            self.load(scratch, location.pack, placed.offset_bytes.into(), placed.stored_len as usize)?;
         let result = match placed.raw_len as usize == out.len() {
-            true => {
-                decode_blob(&mut scratch.zstd, &scratch.stored[..placed.stored_len as usize], placed.codec, digest, out)
-            }
+            true => decode_blob(zstd, stored, placed.codec, digest, out),
             false => Err(FormatError::bad(format!("it is recorded with {} bytes, not {}", placed.raw_len, out.len()))),
         };
         result.map_err(|e| self.damaged(digest, location, e))
@@ -121,26 +119,41 @@ impl Reader {
 
     /// Reads bytes of a pack.
     pub(crate) fn pread(&self, pack: PackId, offset_bytes: u64, out: &mut [u8]) -> Result<(), RepoError> {
-        let file = self.pack_file(pack)?;
-        file.read_exact_at(out, offset_bytes).map_err(|e| {
-            let path = self.layout.pack(pack);
-            match e.kind() {
-                std::io::ErrorKind::UnexpectedEof => {
-                    FormatError::bad(format!("it ends before byte {}", offset_bytes + out.len() as u64))
-                        .at("pack", &path)
-                }
-                _ => RepoError::io("read the pack", &path)(e),
-            }
-        })
+        let end = offset_bytes + out.len() as u64;
+        self.pack_file(pack)?.read_exact_at(out, offset_bytes).map_err(|e| self.unread(pack, end, e))
     }
 
-    fn pack_file(&self, pack: PackId) -> Result<Arc<File>, RepoError> {
+    /// Reads bytes of a pack into a thread's own buffer; gives them, with the thread's decompressor.
+    pub(crate) fn load<'a>(
+        &self,
+        scratch: &'a mut Scratch,
+        pack: PackId,
+        offset_bytes: u64,
+        len: usize,
+    ) -> Result<(&'a mut zstd::bulk::Decompressor<'static>, &'a [u8]), RepoError> {
+        let Scratch { zstd, stored } = scratch;
+        let stored = self.pack_file(pack)?.read_around(stored, offset_bytes, len);
+        Ok((zstd, stored.map_err(|e| self.unread(pack, offset_bytes + len as u64, e))?))
+    }
+
+    fn unread(&self, pack: PackId, end_bytes: u64, error: std::io::Error) -> RepoError {
+        let path = self.layout.pack(pack);
+        match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                FormatError::bad(format!("it ends before byte {end_bytes}")).at("pack", &path)
+            }
+            _ => RepoError::io("read the pack", &path)(error),
+        }
+    }
+
+    fn pack_file(&self, pack: PackId) -> Result<Arc<DirectReader>, RepoError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = open.get(&pack) {
             return Ok(file.clone());
         }
         let path = self.layout.pack(pack);
-        let file = Arc::new(File::open(&path).map_err(RepoError::io("open the pack", &path))?);
+        let file = File::open(&path).map_err(RepoError::io("open the pack", &path))?;
+        let file = Arc::new(DirectReader::new(file));
         if open.len() >= MAX_OPEN_PACKS {
             // Any will do: packs are read mostly once, in order.
             let victim = open.keys().next().copied();
@@ -162,26 +175,13 @@ impl NodeSource for Reader {
 /// A thread's own buffers for reading.
 pub(crate) struct Scratch {
     pub(crate) zstd: zstd::bulk::Decompressor<'static>,
-    stored: Vec<u8>,
+    stored: AlignedBytes,
 }
 
 impl Scratch {
     pub(crate) fn new() -> Result<Self, RepoError> {
         let zstd = zstd::bulk::Decompressor::new()
             .map_err(|e| RepoError::Refused(format!("zstd cannot be set up to decompress: {e}")))?;
-        Ok(Self { zstd, stored: Vec::new() })
-    }
-
-    /// A buffer for `len` stored bytes.
-    pub(crate) fn stored(&mut self, len: usize) -> &mut [u8] {
-        if self.stored.len() < len {
-            self.stored.resize(len, 0);
-        }
-        &mut self.stored[..len]
-    }
-
-    /// The buffer as it is, with the decompressor.
-    pub(crate) fn split(&mut self) -> (&mut zstd::bulk::Decompressor<'static>, &[u8]) {
-        (&mut self.zstd, &self.stored)
+        Ok(Self { zstd, stored: AlignedBytes::new(0) })
     }
 }

@@ -176,8 +176,7 @@ fn check_run(reader: &Reader, scratch: &mut Scratch, run: &Run, out: &mut [u8]) 
     };
     let begin = u64::from(first.placed.offset_bytes);
     let len = (last.placed.end() - begin) as usize;
-    reader.pread(first.pack, begin, scratch.stored(len))?;
-    let (zstd, stored) = scratch.split();
+    let (zstd, stored) = reader.load(scratch, first.pack, begin, len)?;
     for (digest, location) in run {
         let from = (u64::from(location.placed.offset_bytes) - begin) as usize;
         let stored = &stored[from..from + location.placed.stored_len as usize];
