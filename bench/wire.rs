@@ -152,5 +152,12 @@ fn begun() -> Begun {
     };
     let taken = Taken::Full { reason: "first".into() };
     let disks = vec![BegunDisk { disk, checkpoint: None, epoch: None, taken, needed_bytes: TOTAL_BYTES }];
-    Begun { machine: Machine::default(), instant: jiff::Timestamp::now(), disks, left_out: vec![], stopped_us: 0 }
+    Begun {
+        machine: Machine::default(),
+        instant: jiff::Timestamp::now(),
+        disks,
+        left_out: vec![],
+        stopped_us: 0,
+        evidence: Default::default(),
+    }
 }

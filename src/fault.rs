@@ -1,10 +1,15 @@
 //! Named points at which a test kills the process, as `kill -9` would, or holds it up.
 //!
 //! `LIVEBACKUP_KILL_AT=name` or `name:N` kills at the first or N-th passing of the point.
-//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing. Nothing is checked but a static when neither is set.
+//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing; `name=/PATH` waits until that file is there. Nothing is checked but a static when neither is set.
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest wait for a file: a test that died must not leave processes behind.
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
 struct Plan {
     name: String,
@@ -21,19 +26,38 @@ fn plan() -> Option<&'static Plan> {
     .as_ref()
 }
 
-fn pauses() -> &'static [(String, u64)] {
-    static PAUSES: OnceLock<Vec<(String, u64)>> = OnceLock::new();
+enum Pause {
+    For(Duration),
+    Until(PathBuf),
+}
+
+fn pauses() -> &'static [(String, Pause)] {
+    static PAUSES: OnceLock<Vec<(String, Pause)>> = OnceLock::new();
     PAUSES.get_or_init(|| {
         let text = std::env::var("LIVEBACKUP_PAUSE_AT").unwrap_or_default();
-        let pause = |item: &str| item.split_once('=').and_then(|(name, ms)| Some((name.to_owned(), ms.parse().ok()?)));
+        let pause = |item: &str| {
+            let (name, how) = item.split_once('=')?;
+            let how = match how.starts_with('/') {
+                true => Pause::Until(how.into()),
+                false => Pause::For(Duration::from_millis(how.parse().ok()?)),
+            };
+            Some((name.to_owned(), how))
+        };
         text.split(',').filter_map(pause).collect()
     })
 }
 
 /// A place where the process may be made to die or to wait.
 pub fn point(name: &str) {
-    if let Some((_, ms)) = pauses().iter().find(|(paused, _)| paused == name) {
-        std::thread::sleep(std::time::Duration::from_millis(*ms));
+    match pauses().iter().find(|(paused, _)| paused == name) {
+        Some((_, Pause::For(time))) => std::thread::sleep(*time),
+        Some((_, Pause::Until(path))) => {
+            let start = Instant::now();
+            while !path.exists() && start.elapsed() < LONGEST_PAUSE {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        None => {}
     }
     let Some(plan) = plan() else { return };
     if plan.name == name && plan.left.fetch_sub(1, Ordering::SeqCst) == 1 {

@@ -32,8 +32,9 @@
 //! cli
 //! backup restore server
 //! vm
+//! hooks
 //! checkpoint repo wire nbd vhost monitor agent
-//! machine
+//! machine grade
 //! block direct durable extent fault limits units
 //! ```
 
@@ -46,6 +47,8 @@ pub mod direct;
 pub mod durable;
 pub mod extent;
 pub mod fault;
+pub mod grade;
+pub mod hooks;
 pub mod limits;
 pub mod machine;
 pub mod monitor;

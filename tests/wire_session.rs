@@ -62,7 +62,7 @@ fn begun(sizes: &[u64]) -> Begun {
     };
     let disks = sizes.iter().enumerate().map(disk).collect();
     let instant = Timestamp::from_second(1).unwrap();
-    Begun { machine: Machine::default(), instant, disks, left_out: vec![], stopped_us: 0 }
+    Begun { machine: Machine::default(), instant, disks, left_out: vec![], stopped_us: 0, evidence: Default::default() }
 }
 
 /// The sidecar's half of a session.

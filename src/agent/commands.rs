@@ -84,6 +84,20 @@ pub struct FileSystemDisk {
     pub dev: String,
     /// Its serial number.
     pub serial: String,
+    /// The PCI function of its controller.
+    pub pci_controller: PciAddress,
+}
+
+/// A PCI function as the guest sees it; -1 where it does not know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PciAddress {
+    /// Bus.
+    pub bus: i64,
+    /// Slot.
+    pub slot: i64,
+    /// Function.
+    pub function: i64,
 }
 
 /// A program that was started in the guest.
@@ -157,7 +171,7 @@ impl Channel {
     /// The mounted file systems.
     pub async fn file_systems(&mut self) -> Result<Vec<FileSystem>, AgentError> {
         let found: Vec<FileSystem> = self.typed("guest-get-fsinfo", json!({}), SOON).await?;
-        let disk = |d: FileSystemDisk| FileSystemDisk { dev: text(d.dev), serial: text(d.serial) };
+        let disk = |d: FileSystemDisk| FileSystemDisk { dev: text(d.dev), serial: text(d.serial), ..d };
         let bounded = |f: FileSystem| FileSystem {
             name: text(f.name),
             mountpoint: text(f.mountpoint),

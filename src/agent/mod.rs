@@ -32,5 +32,5 @@ mod lines;
 
 pub use address::{Address, BadAddress};
 pub use channel::Channel;
-pub use commands::{AgentInfo, Executed, FileSystem, FileSystemDisk, FreezeStatus, GuestOs};
+pub use commands::{AgentInfo, Executed, FileSystem, FileSystemDisk, FreezeStatus, GuestOs, PciAddress};
 pub use error::AgentError;

@@ -9,7 +9,7 @@ use crate::backup::{BackupError, blocking};
 use crate::fault;
 use crate::machine::{FoundDisk, Verdict};
 use crate::repo::Repository;
-use crate::repo::point::{Grade, Manifest, PointDisk, PointFile, PointTotals, Taken};
+use crate::repo::point::{Evidence, Manifest, PointDisk, PointFile, PointTotals, Taken};
 use crate::units::PointId;
 use crate::wire::message::{self, BegunDisk};
 
@@ -65,6 +65,8 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
     }
     totals.stored_bytes += stored.finished.disks.iter().map(|d| d.stats.stored_bytes).sum::<u64>();
     let level = happened(head.level, begun.disks.iter().map(is_whole));
+    // A sidecar that knows nothing of evidence says how long it stopped the guest, at least.
+    let evidence = Evidence { stopped_us: begun.stopped_us, ..(*begun.evidence).clone() };
     let goes_on = !begun.disks.iter().all(is_whole);
     Ok(Manifest {
         id: PointId::random(),
@@ -74,8 +76,8 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
         finished: Timestamp::now(),
         level,
         parent: stored.parent.filter(|_| goes_on),
-        grade: Grade::Crash,
-        evidence: [("stopped_us".to_owned(), begun.stopped_us.into())].into(),
+        grade: evidence.grade(),
+        evidence,
         machine: begun.machine.clone(),
         disks,
         files,
@@ -110,6 +112,8 @@ fn report(stored: &Stored, manifest: &Manifest) -> Report {
         level: manifest.level,
         parent: manifest.parent,
         instant: manifest.instant,
+        grade: manifest.grade,
+        evidence: manifest.evidence.clone(),
         disks: manifest.disks.iter().zip(&stored.finished.disks).map(of).collect(),
         left_out: manifest.left_out.iter().map(left_out).collect(),
         size_bytes: manifest.totals.size_bytes,

@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 
 use crate::fault;
+use crate::grade::Policy;
 use crate::repo::point::Manifest;
 use crate::repo::{Compression, Repository};
 use crate::wire::message::{Begin, Estimated};
@@ -49,11 +50,19 @@ pub struct BackupOptions {
     pub exclude: Vec<String>,
     /// How chunks are stored.
     pub compression: Compression,
+    /// Whether the guest's file systems are frozen; as the sidecar is configured when absent.
+    pub freeze: Option<Policy>,
 }
 
 impl Default for BackupOptions {
     fn default() -> Self {
-        Self { level: LevelChoice::Auto, include: Vec::new(), exclude: Vec::new(), compression: Compression::Zstd(1) }
+        Self {
+            level: LevelChoice::Auto,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            compression: Compression::Zstd(1),
+            freeze: None,
+        }
     }
 }
 
@@ -92,6 +101,7 @@ async fn choose(
         chunk_bytes,
         checkpoint: options.level != LevelChoice::Copy,
         incremental_only: options.level == LevelChoice::Incremental,
+        freeze: options.freeze,
     };
     Ok((plan, begin))
 }

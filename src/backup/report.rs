@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::repo::point::{Level, Taken};
+use crate::repo::point::{Evidence, Grade, Level, Taken};
 use crate::units::PointId;
 
 /// What a backup is doing.
@@ -73,6 +73,10 @@ pub struct Report {
     pub parent: Option<PointId>,
     /// The instant that the point shows.
     pub instant: Timestamp,
+    /// In which state the guest's data is.
+    pub grade: Grade,
+    /// What that rests on.
+    pub evidence: Evidence,
     /// The disks.
     pub disks: Vec<DiskReport>,
     /// Devices that were left out, each with the reason.

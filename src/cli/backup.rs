@@ -1,20 +1,24 @@
 //! `livebackup backup SOURCE REPO`
 
 use std::fmt;
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
 
 use super::args::SourceArgs;
 use super::context::Context;
-use super::exit::Code;
+use super::exit::{self, Code};
 use super::progress::Meter;
 use super::{open, repository};
+use crate::agent;
 use crate::backup::report::Phase;
 use crate::backup::{self, BackupOptions, LevelChoice, Report};
+use crate::grade::Policy;
 use crate::repo::Compression;
 use crate::repo::point::{Level, Taken};
 use crate::units::human_bytes;
+use crate::vm::QuietOptions;
 
 #[derive(Debug, Args)]
 pub struct BackupArgs {
@@ -27,6 +31,38 @@ pub struct BackupArgs {
     /// How data is stored: none, zstd or zstd:LEVEL.
     #[arg(long, value_name = "HOW", value_parser = super::values::compression, default_value = "zstd:1")]
     compression: Compression,
+    #[command(flatten)]
+    quiet: QuietArgs,
+}
+
+/// How the guest is made quiet around the instant.
+#[derive(Debug, Args)]
+pub struct QuietArgs {
+    /// Freeze the guest's file systems through its agent: require (or make no backup), prefer (else say why not) or
+    /// never [default: prefer, or as the server is configured].
+    #[arg(long, value_name = "POLICY", value_parser = super::values::policy)]
+    freeze: Option<Policy>,
+    /// Longest time for which they are frozen [default: 10].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
+    freeze_lease: Option<u64>,
+    /// Socket of the guest agent's channel [default: found through QEMU].
+    #[arg(long, value_name = "PATH")]
+    agent: Option<agent::Address>,
+}
+
+impl QuietArgs {
+    fn options(&self) -> QuietOptions {
+        let mut options = QuietOptions { agent: self.agent.clone(), ..QuietOptions::default() };
+        if let Some(seconds) = self.freeze_lease {
+            options.lease = Duration::from_secs(seconds);
+        }
+        options
+    }
+
+    /// Whether something is said that a server's configuration has to say.
+    fn is_local(&self) -> bool {
+        self.agent.is_some() || self.freeze_lease.is_some()
+    }
 }
 
 /// Which kind of backup, of which disks.
@@ -100,15 +136,23 @@ impl fmt::Display for BackupReport {
             s if s > 0.0 => format!("; guest stopped {:.1} ms", s * 1e3),
             _ => String::new(),
         };
+        let frozen = match &report.evidence.frozen {
+            Some(frozen) => format!("; file systems frozen {:.1} ms", frozen.frozen_us as f64 / 1e3),
+            None => String::new(),
+        };
+        for reason in &report.evidence.reasons {
+            writeln!(f, "note: {reason}")?;
+        }
         writeln!(
             f,
-            "{} of {}: {}, {} {read}, {} stored, {:.2} s{stopped}; point {}",
+            "{} of {}: {}, {} {read}, {} stored, {:.2} s{frozen}{stopped}; {}-consistent point {}",
             level_name(report.level),
             report.vm,
             count(report.disks.len(), "disk"),
             human_bytes(report.read_bytes),
             human_bytes(report.stored_bytes),
             report.durations.total_s,
+            report.grade.name(),
             report.point.short()
         )
     }
@@ -117,8 +161,13 @@ impl fmt::Display for BackupReport {
 pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     repository::check_order(&args.source.source, &args.repo)?;
     let repo = repository::open(&args.repo)?;
-    let sidecar = open::open(context, &args.source).await?;
-    let options = BackupOptions { compression: args.compression, ..args.what.options() };
+    let sidecar = open::open_with(context, &args.source, args.quiet.options()).await?;
+    if args.quiet.is_local() && sidecar.here().is_none() {
+        return Err(exit::usage(
+            "--agent and --freeze-lease are for a VM that no server has: the server's configuration says them",
+        ));
+    }
+    let options = BackupOptions { compression: args.compression, freeze: args.quiet.freeze, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

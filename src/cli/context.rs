@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::args::Global;
 use super::exit;
 use super::output::Output;
-use crate::vm::{Transport, VmOptions};
+use crate::vm::{QuietOptions, Transport, VmOptions};
 
 /// What every command gets.
 #[derive(Debug)]
@@ -46,6 +46,7 @@ impl Context {
             scratch_budget_bytes: self.scratch_budget_bytes,
             name,
             transport: self.transport,
+            quiet: QuietOptions::default(),
             served_at: None,
         }
     }

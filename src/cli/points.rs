@@ -57,15 +57,6 @@ struct PointsReport {
     damaged: Vec<String>,
 }
 
-/// The grade's name.
-pub fn grade_name(grade: Grade) -> &'static str {
-    match grade {
-        Grade::Crash => "crash",
-        Grade::Filesystem => "filesystem",
-        Grade::Application => "application",
-    }
-}
-
 impl fmt::Display for PointsReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns = ["VM", "POINT", "INSTANT", "LEVEL", "GRADE", ">DISKS", ">SIZE", ">READ", ">STORED"];
@@ -76,7 +67,7 @@ impl fmt::Display for PointsReport {
                 point.point.short(),
                 format!("{:.0}", point.instant),
                 level_name(point.level).to_owned(),
-                grade_name(point.grade).to_owned(),
+                point.grade.name().to_owned(),
                 point.disks.len().to_string(),
                 human_bytes(point.totals.size_bytes),
                 human_bytes(point.totals.read_bytes),

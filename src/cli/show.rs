@@ -5,15 +5,14 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 
-use super::backup::level_name;
+use super::backup::{count, level_name};
 use super::context::Context;
 use super::exit::Code;
-use super::points::grade_name;
 use super::repository;
 use super::table::Table;
 use crate::machine::Verdict;
 use crate::repo::Manifest;
-use crate::repo::point::Taken;
+use crate::repo::point::{Evidence, Taken};
 use crate::units::human_bytes;
 
 #[derive(Debug, Args)]
@@ -39,11 +38,9 @@ impl fmt::Display for ShowReport {
             Some(parent) => writeln!(f, "level     {}, since point {}", level_name(point.level), parent.short())?,
             None => writeln!(f, "level     {}", level_name(point.level))?,
         }
-        write!(f, "grade     {}", grade_name(point.grade))?;
-        for (name, value) in &point.evidence {
-            write!(f, "; {name} {value}")?;
-        }
-        writeln!(f, "\ntook      {:.2} s", point.finished.duration_since(point.started).as_secs_f64())?;
+        write!(f, "grade     {}", point.grade.name())?;
+        evidence(f, &point.evidence)?;
+        writeln!(f, "took      {:.2} s", point.finished.duration_since(point.started).as_secs_f64())?;
         let machine = &point.machine;
         let kind = machine.machine_type.as_deref().unwrap_or("unknown machine type");
         writeln!(f, "machine   QEMU {}, {}, {kind}", machine.qemu_version, machine.target)?;
@@ -70,6 +67,43 @@ impl fmt::Display for ShowReport {
         }
         Ok(())
     }
+}
+
+/// What the grade rests on.
+fn evidence(f: &mut fmt::Formatter<'_>, evidence: &Evidence) -> fmt::Result {
+    if let Some(frozen) = &evidence.frozen {
+        write!(f, "; {} frozen for {}", count(frozen.file_systems as usize, "file system"), ms(frozen.frozen_us))?;
+        if !frozen.mount_points.is_empty() {
+            write!(f, " ({})", frozen.mount_points.join(", "))?;
+        }
+    }
+    if evidence.stopped_us > 0 {
+        write!(f, "; guest stopped for {}", ms(evidence.stopped_us))?;
+    }
+    writeln!(f)?;
+    for hold in &evidence.holds {
+        match &hold.failed {
+            None => write!(f, "  held    {} for {}", hold.name, ms(hold.held_us))?,
+            Some(why) => write!(f, "  NOT held {}: {why}", hold.name)?,
+        }
+        hold.positions.iter().try_for_each(|(name, value)| write!(f, "; {name} {value}"))?;
+        writeln!(f)?;
+    }
+    evidence.reasons.iter().try_for_each(|reason| writeln!(f, "  but     {reason}"))?;
+    if let Some(guest) = &evidence.guest {
+        let told = [&guest.host_name, &guest.os, &guest.kernel].map(String::as_str);
+        let told: Vec<_> = told.into_iter().filter(|text| !text.is_empty()).collect();
+        writeln!(f, "guest     {}; agent {}", told.join(", "), guest.agent_version)?;
+        for fs in &guest.file_systems {
+            writeln!(f, "  {} ({}) on {}: {}", fs.mount_point, fs.kind, fs.device, fs.disks.join(", "))?;
+        }
+    }
+    Ok(())
+}
+
+/// Microseconds, for people.
+fn ms(us: u64) -> String {
+    format!("{:.1} ms", us as f64 / 1e3)
 }
 
 pub fn run(context: &Context, args: &ShowArgs) -> anyhow::Result<Code> {

@@ -40,6 +40,7 @@ impl fmt::Display for StatusReport {
             Some(version) => writeln!(f, ", QEMU {version}")?,
             None => writeln!(f)?,
         }
+        status.alarms.iter().try_for_each(|alarm| writeln!(f, "ALARM: {alarm}"))?;
         match &status.session {
             None => writeln!(f, "no backup is running")?,
             Some(session) => writeln!(

@@ -1,6 +1,7 @@
 //! Values of options: sizes, compression, levels.
 
 use crate::backup::LevelChoice;
+use crate::grade::Policy;
 use crate::repo::Compression;
 use crate::units::{GIB, KIB, MIB};
 
@@ -30,6 +31,16 @@ pub fn compression(text: &str) -> Result<Compression, String> {
             _ => Err(wrong()),
         },
         _ => Err(wrong()),
+    }
+}
+
+/// `require`, `prefer` or `never`.
+pub fn policy(text: &str) -> Result<Policy, String> {
+    match text {
+        "require" => Ok(Policy::Require),
+        "prefer" => Ok(Policy::Prefer),
+        "never" => Ok(Policy::Never),
+        _ => Err("it is require, prefer or never".to_owned()),
     }
 }
 

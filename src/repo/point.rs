@@ -2,11 +2,10 @@
 //!
 //! A point exists when its manifest does. Everything that it refers to is durable before.
 
-use std::collections::BTreeMap;
-
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use crate::grade::{Evidence, Grade};
 use crate::limits::{MAX_DISKS, MAX_NAME_BYTES};
 use crate::machine::{Disk, FoundDisk, Machine};
 use crate::repo::error::FormatError;
@@ -30,18 +29,6 @@ pub enum Level {
     Differential,
     /// Everything was read, and no checkpoint taken.
     Copy,
-}
-
-/// In which state the guest's data was at the instant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Grade {
-    /// As after a power failure.
-    Crash,
-    /// The guest's file systems were frozen.
-    Filesystem,
-    /// Its databases were quiet, too.
-    Application,
 }
 
 /// How a disk was taken.
@@ -123,7 +110,7 @@ pub struct Manifest {
     pub grade: Grade,
     /// What the grade rests on: who was frozen and for how long, …
     #[serde(default)]
-    pub evidence: BTreeMap<String, serde_json::Value>,
+    pub evidence: Evidence,
     /// The VM's definition.
     pub machine: Machine,
     /// The disks.
@@ -215,7 +202,7 @@ pub(crate) mod tests {
             level: Level::Full,
             parent: None,
             grade: Grade::Crash,
-            evidence: BTreeMap::new(),
+            evidence: Evidence::default(),
             machine: Machine::default(),
             disks,
             files: Vec::new(),

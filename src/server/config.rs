@@ -9,16 +9,25 @@
 //! [[vm]]
 //! monitor = "qmp:/run/vm1.qmp"
 //! name = "vm1"                     # may be left out: QEMU's -name, else its UUID
+//! agent = "unix:/run/vm1.qga"      # may be left out: found through QEMU
+//! freeze = "prefer"                # or "require", "never"; may be left out
+//! freeze_lease_s = 10              # longest freeze; may be left out
+//! freeze_mount_points = ["/"]      # may be left out: all file systems
 //! ```
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::bad;
+use crate::agent;
+use crate::grade::Policy;
+use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
 use crate::monitor::Address;
 use crate::units::{GIB, KIB, MIB};
+use crate::vm::QuietOptions;
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
 
@@ -36,8 +45,19 @@ pub struct Config {
     pub scratch: Option<PathBuf>,
     /// Most scratch of one session.
     pub scratch_budget_bytes: Option<u64>,
-    /// The VMs: monitor, and name if given.
-    pub vms: Vec<(Address, Option<String>)>,
+    /// The VMs.
+    pub vms: Vec<VmConfig>,
+}
+
+/// One VM of the configuration.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Its monitor.
+    pub monitor: Address,
+    /// Its name, if given.
+    pub name: Option<String>,
+    /// How it is made quiet.
+    pub quiet: QuietOptions,
 }
 
 #[derive(Deserialize)]
@@ -56,6 +76,29 @@ struct File {
 struct VmTable {
     monitor: String,
     name: Option<String>,
+    agent: Option<agent::Address>,
+    #[serde(default)]
+    freeze: Policy,
+    freeze_lease_s: Option<u64>,
+    #[serde(default)]
+    freeze_mount_points: Vec<String>,
+}
+
+impl VmTable {
+    fn config(self) -> Result<VmConfig, String> {
+        let address = self
+            .monitor
+            .strip_prefix("qmp:")
+            .ok_or_else(|| format!("monitor = {:?}: write it as \"qmp:PATH\" or \"qmp:HOST:PORT\"", self.monitor))?;
+        let monitor = address.parse::<Address>().map_err(|e| e.to_string())?;
+        let lease = self.freeze_lease_s.map_or(DEFAULT_LEASE, Duration::from_secs);
+        if lease.is_zero() || lease > MAX_LEASE {
+            return Err(format!("freeze_lease_s is a number of seconds from 1 to {}", MAX_LEASE.as_secs()));
+        }
+        let quiet =
+            QuietOptions { agent: self.agent, freeze: self.freeze, mount_points: self.freeze_mount_points, lease };
+        Ok(VmConfig { monitor, name: self.name, quiet })
+    }
 }
 
 impl Config {
@@ -74,15 +117,8 @@ impl Config {
         if file.vm.is_empty() {
             return Err("it names no VM: add a [[vm]] table with monitor = \"qmp:…\"".into());
         }
-        let mut vms = vec![];
-        for vm in file.vm {
-            let address = vm
-                .monitor
-                .strip_prefix("qmp:")
-                .ok_or_else(|| format!("monitor = {:?}: write it as \"qmp:PATH\" or \"qmp:HOST:PORT\"", vm.monitor))?;
-            vms.push((address.parse::<Address>().map_err(|e| e.to_string())?, vm.name));
-        }
-        let mut names: Vec<_> = vms.iter().filter_map(|(_, name)| name.as_ref()).collect();
+        let vms = file.vm.into_iter().map(VmTable::config).collect::<Result<Vec<_>, _>>()?;
+        let mut names: Vec<_> = vms.iter().filter_map(|vm| vm.name.as_ref()).collect();
         names.sort();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(format!("two VMs are called {:?}: give each a name of its own", twice[0]));
@@ -137,7 +173,12 @@ mod tests {
         let good = "listen = \"127.0.0.1:0\"\nscratch_budget = \"20 GiB\"\n[[vm]]\nmonitor = \"qmp:/a\"\n";
         let config = Config::parse(good).unwrap();
         assert_eq!(config.scratch_budget_bytes, Some(20 * GIB));
-        assert_eq!(config.vms, [(Address::Unix("/a".into()), None)]);
+        assert_eq!(config.vms[0].monitor, Address::Unix("/a".into()));
+        assert_eq!((&config.vms[0].name, config.vms[0].quiet.freeze), (&None, Policy::Prefer));
+        let quiet = "agent = \"unix:/q\"\nfreeze = \"require\"\nfreeze_lease_s = 3\n";
+        let config = Config::parse(&format!("{good}{quiet}")).unwrap();
+        assert_eq!(config.vms[0].quiet.agent, Some(agent::Address("/q".into())));
+        assert_eq!(config.vms[0].quiet.lease, Duration::from_secs(3));
         for (text, says) in [
             (good.replace("127.0.0.1:0", "0.0.0.0:1"), "loopback"),
             (good.replace("127.0.0.1:0", "here"), "listen"),
@@ -145,6 +186,9 @@ mod tests {
             (good.replace("20 GiB", "lots"), "no size"),
             (good.replace("monitor", "monitr"), "monitr"),
             ("listen = \"unix:/x\"".into(), "names no VM"),
+            (format!("{good}freeze_lease_s = 61\n"), "from 1 to 60"),
+            (format!("{good}freeze = \"maybe\"\n"), "maybe"),
+            (format!("{good}agent = \"unix:\"\n"), "unix:PATH"),
         ] {
             let said = Config::parse(&text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");

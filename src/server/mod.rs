@@ -41,16 +41,17 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
     let address = listener.address();
     let service = Service::default();
     let mut keepers = JoinSet::new();
-    for (monitor, name) in &config.vms {
+    for vm in &config.vms {
         let options = VmOptions {
             state: config.state.clone().unwrap_or_else(|| base.state.clone()),
             scratch: config.scratch.clone().or_else(|| base.scratch.clone()),
             scratch_budget_bytes: config.scratch_budget_bytes.or(base.scratch_budget_bytes),
-            name: name.clone(),
+            name: vm.name.clone(),
             transport: base.transport,
+            quiet: vm.quiet.clone(),
             served_at: address.clone(),
         };
-        keepers.spawn(keep(service.clone(), monitor.clone(), options, stop.clone()));
+        keepers.spawn(keep(service.clone(), vm.monitor.clone(), options, stop.clone()));
     }
     tracing::info!("listening at {}", address.as_ref().unwrap_or(&config.listen));
     let mut connections = JoinSet::new();

@@ -114,5 +114,5 @@ impl Service {
 
 /// Status of a VM that is not attached.
 fn unreached(vm: String, state: String) -> VmStatus {
-    VmStatus { vm, state, qemu_version: None, session: None, disks: vec![] }
+    VmStatus { vm, state, qemu_version: None, session: None, disks: vec![], alarms: vec![] }
 }

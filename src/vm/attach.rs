@@ -6,7 +6,7 @@ use tokio::sync::Mutex;
 
 use super::names::Names;
 use super::place::{self, Holder, Place, Taken};
-use super::{AttachError, Inner, Vm, VmOptions, qemu_failed, undo};
+use super::{AttachError, Inner, Vm, VmOptions, qemu_failed, quiet, undo};
 use crate::checkpoint::QemuInstance;
 use crate::machine::Machine;
 use crate::monitor::{self, Address, Monitor, Process};
@@ -61,7 +61,13 @@ impl Vm {
         options: VmOptions,
     ) -> Result<Vm, Failure> {
         let names = Names::new(owner);
-        let removed = undo::remove_all(&monitor, &names, &place.sockets).await.map_err(qemu_failed)?;
+        let debts = undo::Debts::new(&place.sockets);
+        // The guest first: what else was left does it no harm. A stopped one cannot thaw.
+        let resumed = undo::resume(&monitor, &debts).await.map_err(qemu_failed)?;
+        let thawed = quiet::thaw_left_over(&monitor, &debts).await?;
+        let mut removed = undo::remove_all(&monitor, &names, &place.sockets).await.map_err(qemu_failed)?;
+        removed.extend(resumed.then(|| "let the guest go on, which had been stopped".to_owned()));
+        removed.extend(thawed);
         if !removed.is_empty() {
             tracing::warn!(vm = name, "took out what a session left that was killed: {}", removed.join(", "));
         }

@@ -11,7 +11,7 @@
 //! Order, and what a crash leaves after each step (all of it found by name or debt, see [`undo`](super::undo)):
 //!
 //! 1. **Prepare**, guest running: scratch node, helper node with the bitmap `need`, the next bitmap on the disk.
-//! 2. **Instant**: with more than one disk the guest is stopped (the guardian owes it `cont`). The bitmap so far is
+//! 2. **Instant**: the guest is made [`quiet`](super::quiet). With more than one disk the guest is stopped (the guardian owes it `cont`). The bitmap so far is
 //!    merged into `need`, the filter is made (limited to `need`), and put above the disk. Old bitmaps are disabled.
 //! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
 //!    instant, could not be read back, and the instant is taken again; the third time without a limit.
@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 use super::guardian::Guardian;
 use super::harvest::{self, Harvester};
 use super::names::Names;
+use super::quiet::Quiet;
 use super::scratch::ScratchDir;
 use super::tracking::{self, Plan, add_bitmap, merge};
 use super::undo::{self, Debt, Debts};
@@ -94,7 +95,7 @@ impl FleeceDisk {
 
 impl Fleece {
     /// Steps 1 to 3. On an error, what was added is still there: [`undo::remove_all`] takes it out.
-    pub async fn open(bench: Bench, plans: Vec<Plan>, chunk_bytes: u64) -> Result<Self, Failure> {
+    pub async fn open(bench: Bench, plans: Vec<Plan>, chunk_bytes: u64, quiet: &mut Quiet) -> Result<Self, Failure> {
         let disks = plans.into_iter().enumerate().map(|(index, plan)| {
             let limited = plan.sealed.is_some();
             FleeceDisk { plan, scratch: None, index, limited }
@@ -105,7 +106,7 @@ impl Fleece {
         let mut this = Self { bench, disks, chunk_bytes, harvester, instant, stopped };
         this.prepare().await?;
         for attempt in 0.. {
-            this.take_instant().await?;
+            this.take_instant(quiet).await?;
             fault::point("fleece.instant");
             if this.is_proven().await.map_err(qemu_failed)? {
                 break;
@@ -113,6 +114,7 @@ impl Fleece {
             tracing::info!(attempt, "a write fell between merge and instant; the instant is taken again");
             this.take_back(attempt + 1 < LIMITED_TRIES).await?;
         }
+        quiet.check()?;
         Ok(this)
     }
 
@@ -196,7 +198,7 @@ impl Fleece {
     }
 
     /// Step 2. Whatever fails, the guest is let go.
-    async fn take_instant(&mut self) -> Result<(), Failure> {
+    async fn take_instant(&mut self, quiet: &mut Quiet) -> Result<(), Failure> {
         let debts = Debts::new(&self.bench.sockets);
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() && !self.disks[i].limited {
@@ -207,17 +209,37 @@ impl Fleece {
         let several = self.disks.iter().filter(|d| d.has_filter()).count() > 1;
         let stop = several && run_state(&monitor).await.map_err(qemu_failed)? == "running";
         if !stop {
-            return self.insert().await.map_err(qemu_failed);
+            let inserted = match quiet.enter().await {
+                Ok(()) => self.insert().await.map_err(qemu_failed),
+                Err(failure) => Err(failure),
+            };
+            quiet.leave().await;
+            return inserted;
         }
-        let mut guardian =
+        let guardian =
             Guardian::spawn(monitor.address()).map_err(|e| internal(format!("cannot start the guardian: {e}")))?;
         // `stop` flushes the images with the guest standing still: flush them before.
         undo::sync_files(
             self.disks.iter().filter_map(|d| Some(PathBuf::from(&d.plan.disk.chain.first()?.filename))).collect(),
         )
         .await;
+        if let Err(failure) = quiet.enter().await {
+            quiet.leave().await;
+            return Err(failure);
+        }
+        let inserted = self.stop_and_insert(&monitor, &debts, guardian).await;
+        quiet.leave().await;
+        inserted
+    }
+
+    async fn stop_and_insert(
+        &mut self,
+        monitor: &Monitor,
+        debts: &Debts,
+        mut guardian: Guardian,
+    ) -> Result<(), Failure> {
         debts.owe(Debt::Cont).map_err(internal)?;
-        guardian.owe(&debts.path(Debt::Cont)).map_err(internal)?;
+        guardian.owe(Debt::Cont, &debts.path(Debt::Cont)).map_err(internal)?;
         let start = Instant::now();
         let inserted = match monitor.raw("stop", json!({})).await {
             Ok(_) => {
@@ -226,7 +248,7 @@ impl Fleece {
             }
             Err(e) => Err(e),
         };
-        let resumed = undo::resume_whatever_it_takes(&monitor, &debts).await;
+        let resumed = undo::resume_whatever_it_takes(monitor, debts).await;
         self.stopped = start.elapsed();
         if resumed.is_ok() {
             guardian.paid();

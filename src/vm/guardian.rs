@@ -1,16 +1,21 @@
-//! Guardian: a tiny second process that owes the guest its `cont` if we die while we hold it stopped.
+//! Guardian: a tiny second process that pays what we owe the guest if we die: one for each debt.
 //!
 //! ```text
 //!   sidecar                      guardian (own session, deaf to terminal signals)
 //!   spawn ─────────────────────► waits on its standard input
-//!   "owe DEBT-FILE" ─► then `stop`
-//!   `cont` ─► then "paid" ─────► forgets
-//!   (closes its end) ──────────► ends; but if something is owed: connects to the monitor, `cont`, strikes the
-//!                                debt out (else the next start might wake a guest that its owner has paused), ends
+//!   "owe DEBT FILE" ─► then the step
+//!   the inverse ─► then "paid" ► forgets
+//!   (closes its end) ──────────► ends; but if something is owed: connects, pays, strikes the debt out (else the
+//!                                next start might wake a guest that its owner has paused), ends
 //! ```
 //!
-//! The sidecar's end of the pipe closes however it dies. Only then does the guardian touch the monitor, so that the two
-//! never compete for it. If both die, the debt file in the run directory makes the next start pay.
+//! | debt | the step | how it is paid |
+//! |---|---|---|
+//! | [`Debt::Cont`] | `stop` for an instant | `cont` at the monitor, if the guest is paused still |
+//! | [`Debt::Thaw`] | file systems frozen | a thaw at the agent, see [`quiet`](super::quiet) |
+//!
+//! The sidecar's end of the pipe closes however it dies. Only then does the guardian touch the monitor or the agent, so
+//! that the two never compete. If both die, the debt file in the run directory makes the next start pay.
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -21,6 +26,9 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
+use super::quiet;
+use super::undo::Debt;
+use crate::fault;
 use crate::monitor::{Address, Monitor, MonitorError};
 
 /// How long the guardian tries to reach the monitor.
@@ -48,13 +56,13 @@ impl Guardian {
         Ok(Self { child, pipe })
     }
 
-    /// From now on the guardian owes `cont`; the debt is written down in this file too. Call it before `stop`.
-    pub fn owe(&mut self, debt: &Path) -> std::io::Result<()> {
-        let line = [b"owe ", debt.as_os_str().as_encoded_bytes(), b"\n"].concat();
+    /// From now on the guardian owes this debt, which is written down in this file too. Call it before the step.
+    pub fn owe(&mut self, debt: Debt, file: &Path) -> std::io::Result<()> {
+        let line = [b"owe ", debt.name().as_bytes(), b" ", file.as_os_str().as_encoded_bytes(), b"\n"].concat();
         self.pipe.write_all(&line)
     }
 
-    /// The debt is paid. Call it after `cont`.
+    /// The debt is paid. Call it after the inverse.
     pub fn paid(mut self) {
         let _ = self.pipe.write_all(b"paid\n");
         drop(self.pipe);
@@ -66,14 +74,24 @@ impl Guardian {
 pub async fn run(address: &Address) {
     ignore_signals();
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
-    let mut owed: Option<PathBuf> = None;
+    let mut owed: Option<(Debt, PathBuf)> = None;
     while let Ok(Some(line)) = lines.next_line().await {
-        owed = line.strip_prefix("owe ").map(PathBuf::from);
+        owed = line.strip_prefix("owe ").and_then(|rest| rest.split_once(' ')).and_then(|(debt, file)| {
+            let debt = [Debt::Cont, Debt::Thaw].into_iter().find(|d| d.name() == debt)?;
+            Some((debt, PathBuf::from(file)))
+        });
     }
-    if let Some(debt) = owed
-        && tokio::time::timeout(TRY_FOR, pay(address)).await.is_ok()
-    {
-        let _ = std::fs::remove_file(debt);
+    match owed {
+        Some((Debt::Cont, file)) => {
+            let paid = tokio::time::timeout(TRY_FOR, pay(address)).await;
+            let _ = paid.map(|()| std::fs::remove_file(file));
+        }
+        // As long as it takes: nobody else will.
+        Some((Debt::Thaw, file)) => {
+            fault::point("guardian.thaw");
+            quiet::pay_thaw(&file).await;
+        }
+        _ => {}
     }
 }
 

@@ -22,6 +22,7 @@ use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, TrackingStatus};
 
+mod agent;
 mod attach;
 pub mod doctor;
 mod estimate;
@@ -32,6 +33,7 @@ pub mod guardian;
 pub mod harvest;
 pub mod names;
 pub mod place;
+pub mod quiet;
 pub mod scratch;
 mod select;
 mod session;
@@ -41,6 +43,7 @@ pub mod transfer;
 pub mod undo;
 
 pub use doctor::{Check, CheckVerdict};
+pub use quiet::QuietOptions;
 
 use graph::Graph;
 use names::Names;
@@ -72,6 +75,8 @@ pub struct VmOptions {
     pub name: Option<String>,
     /// How data is read.
     pub transport: Transport,
+    /// How the guest is made quiet around the instant.
+    pub quiet: QuietOptions,
     /// Where this process serves the VM to clients, if it does: others are sent there.
     pub served_at: Option<WireAddress>,
 }

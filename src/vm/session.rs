@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::fleece::{Bench, Fleece};
+use super::quiet::{Quiet, QuietOptions};
 use super::scratch::ScratchDir;
 use super::transfer::{self, ReadyDisk};
 use super::{Inner, Vm, internal, qemu_failed, tracking, undo};
 use crate::checkpoint::Bitmap;
+use crate::grade::{Evidence, Policy};
 use crate::machine::FoundDisk;
 use crate::units::EpochId;
 use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
@@ -21,6 +23,9 @@ use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, Failure
 const EVENTS_WAITING: usize = 4;
 /// How often the scratch is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
+
+/// The fleece, its disks, what was left out, and what the guest's state rests on.
+type Opened = (Fleece, Vec<(ReadyDisk, BegunDisk)>, Vec<FoundDisk>, Evidence);
 
 impl Vm {
     /// Opens a fleece and starts to send. The session ends when its events have been taken, or are dropped; a caller that
@@ -40,22 +45,26 @@ impl Vm {
         guard: OwnedMutexGuard<()>,
     ) {
         let start = Instant::now();
-        let (fleece, disks, left_out) = match self.open(&begin).await {
+        let (fleece, disks, left_out, mut evidence) = match self.open(&begin).await {
             Ok(opened) => opened,
             Err(failure) => {
                 self.clean_up().await;
+                // Who hears of it may ask again at once.
+                drop(guard);
                 let _ = reply.send(Err(failure));
                 return;
             }
         };
         let prepare_us = start.elapsed().as_micros() as u64;
         let (ready, disks): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
+        evidence.stopped_us = fleece.stopped.as_micros() as u64;
         let begun = Begun {
             machine: self.inner.machine.clone(),
             instant: fleece.instant,
             disks,
             left_out,
-            stopped_us: fleece.stopped.as_micros() as u64,
+            stopped_us: evidence.stopped_us,
+            evidence: Box::new(evidence),
         };
         let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).sum();
         let progress = SessionStatus { instant: begun.instant, needed_bytes, sent_bytes: 0, scratch_bytes: 0 };
@@ -70,7 +79,7 @@ impl Vm {
         let _ = events.send(last).await;
     }
 
-    async fn open(&self, begin: &Begin) -> Result<(Fleece, Vec<(ReadyDisk, BegunDisk)>, Vec<FoundDisk>), Failure> {
+    async fn open(&self, begin: &Begin) -> Result<Opened, Failure> {
         let (monitor, names, capabilities) = self.inner.bench_parts.clone();
         let Inner { place, options, .. } = &*self.inner;
         if !capabilities.can_back_up() {
@@ -104,7 +113,10 @@ impl Vm {
         }
         let chunk_bytes = u64::from(begin.chunk_bytes);
         let bench = Bench { monitor, names, capabilities, sockets: place.sockets.clone(), scratch };
-        let mut fleece = Fleece::open(bench, plans, chunk_bytes).await?;
+        let disks: Vec<_> = plans.iter().map(|p| &p.disk).collect();
+        let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
+        let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, &disks).await?;
+        let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
             let (epoch, needed) = self.settle(&mut fleece, i, reason, chunk_bytes).await?;
@@ -123,7 +135,19 @@ impl Vm {
         let left_out =
             graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
         crate::fault::point("vm.begun");
-        Ok((fleece, disks, left_out))
+        Ok((fleece, disks, left_out, quiet.evidence()))
+    }
+
+    /// What the client wants, within what the operator allows.
+    fn freeze_policy(&self, wanted: Option<Policy>) -> Result<Policy, Failure> {
+        match (self.inner.options.quiet.freeze, wanted) {
+            (Policy::Never, Some(Policy::Require)) => Err(Failure::new(
+                FailureCode::NotQuiet,
+                "freezing this guest is switched off in the sidecar's configuration (freeze = \"never\")",
+            )),
+            (Policy::Never, _) => Ok(Policy::Never),
+            (configured, wanted) => Ok(wanted.unwrap_or(configured)),
+        }
     }
 
     /// Harvest, seal, forget; gives the needed set in whole chunks.

@@ -19,7 +19,7 @@ impl Vm {
         // Opening a log mends it, which must not meet a session that seals: during one, the last look is shown.
         let Ok(_guard) = self.claim() else {
             let disks = self.inner.tracking.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            return self.vm_status(state, disks);
+            return self.vm_status(state, disks, false);
         };
         let mut disks = vec![];
         for found in graph.iter().flat_map(|g| &g.disks).filter(|d| d.verdict == Verdict::Protectable) {
@@ -36,12 +36,18 @@ impl Vm {
             });
         }
         self.inner.tracking.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&disks);
-        self.vm_status(state, disks)
+        self.vm_status(state, disks, true)
     }
 
-    fn vm_status(&self, state: String, disks: Vec<TrackingStatus>) -> VmStatus {
+    fn vm_status(&self, state: String, disks: Vec<TrackingStatus>, idle: bool) -> VmStatus {
         let qemu_version = Some(self.inner.machine.qemu_version.clone());
-        VmStatus { vm: self.inner.name.clone(), state, qemu_version, session: self.progress(), disks }
+        let session = self.progress();
+        let owed = undo::Debts::new(&self.inner.place.sockets).owed(undo::Debt::Thaw);
+        // While a fleece opens the debt is normal: it is there for a fraction of the lease.
+        let alarm = "the guest may be FROZEN by a backup whose thaw its agent has not confirmed; the thaw is being \
+                     tried; if the guest hangs, start its agent again (it knows that it has to thaw), or reset the guest";
+        let alarms = if owed && (session.is_some() || idle) { vec![alarm.to_owned()] } else { vec![] };
+        VmStatus { vm: self.inner.name.clone(), state, qemu_version, session, disks, alarms }
     }
 
     /// Takes everything of ours out of QEMU, bitmaps too, and ends the epochs. Says what it removed.

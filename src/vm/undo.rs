@@ -3,6 +3,7 @@
 //! | what we add | how it is found again | its inverse |
 //! |---|---|---|
 //! | `stop` | debt file `owed-cont`, and the guardian | `cont` |
+//! | frozen file systems | debt file `owed-thaw`, with the agent's address, and a guardian | thaw, see [`quiet`](super::quiet) |
 //! | NBD server | debt file `owed-nbd` | `nbd-server-stop` |
 //! | named scratch file | debt file `owed-scratch-N`, with its path | remove it |
 //! | export | its id | `block-export-del` |
@@ -38,6 +39,19 @@ pub enum Debt {
     Cont,
     /// We started QEMU's NBD server.
     Nbd,
+    /// The guest's file systems are frozen by us.
+    Thaw,
+}
+
+impl Debt {
+    /// Its name, in the debt file's name and for the guardian.
+    pub fn name(self) -> &'static str {
+        match self {
+            Debt::Cont => "cont",
+            Debt::Nbd => "nbd",
+            Debt::Thaw => "thaw",
+        }
+    }
 }
 
 /// The debts of one VM.
@@ -54,15 +68,17 @@ impl Debts {
 
     /// The file that stands for a debt.
     pub fn path(&self, debt: Debt) -> PathBuf {
-        self.dir.join(match debt {
-            Debt::Cont => "owed-cont",
-            Debt::Nbd => "owed-nbd",
-        })
+        self.dir.join(format!("owed-{}", debt.name()))
     }
 
     /// Writes a debt down. Call it before the step.
     pub fn owe(&self, debt: Debt) -> std::io::Result<()> {
         std::fs::write(self.path(debt), b"")
+    }
+
+    /// As [`Debts::owe`], with content for whoever finds it.
+    pub fn owe_with(&self, debt: Debt, content: &str) -> std::io::Result<()> {
+        std::fs::write(self.path(debt), content)
     }
 
     /// Strikes a debt out. Call it after the inverse.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::extent::Extent;
+use crate::grade::{Evidence, Policy};
 use crate::machine::{Disk, FoundDisk, Machine};
 use crate::units::{CheckpointId, EpochId};
 
@@ -68,6 +69,9 @@ pub struct Begin {
     /// Refuse before the instant if any disk would have to be sent whole.
     #[serde(default)]
     pub incremental_only: bool,
+    /// Whether the guest's file systems are frozen around the instant; as the sidecar is configured when absent.
+    #[serde(default)]
+    pub freeze: Option<Policy>,
 }
 
 /// What the client says is durable.
@@ -142,6 +146,9 @@ pub struct VmStatus {
     pub session: Option<SessionStatus>,
     /// Per disk the state of tracking.
     pub disks: Vec<TrackingStatus>,
+    /// What somebody has to look at now, in sentences.
+    #[serde(default)]
+    pub alarms: Vec<String>,
 }
 
 /// A running session.
@@ -216,6 +223,9 @@ pub struct Begun {
     pub left_out: Vec<FoundDisk>,
     /// How long the guest was stopped for the instant, in microseconds (0 when it was not).
     pub stopped_us: u64,
+    /// What the guest's state at the instant rests on.
+    #[serde(default)]
+    pub evidence: Box<Evidence>,
 }
 
 /// One disk of a session.
@@ -275,6 +285,8 @@ pub enum FailureCode {
     Protocol,
     /// The connection ended.
     Disconnected,
+    /// The guest could not be made quiet, and that was required.
+    NotQuiet,
     /// The session was interrupted by this side's user.
     Interrupted,
     /// Anything else.

@@ -1,7 +1,6 @@
 //! What the tests of the repository share.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use bytes::Bytes;
@@ -71,7 +70,7 @@ pub fn manifest(vm: &str, disks: &[(&str, Image)]) -> Manifest {
         level: Level::Full,
         parent: None,
         grade: Grade::Crash,
-        evidence: BTreeMap::new(),
+        evidence: Default::default(),
         machine: Machine::default(),
         disks: disks.iter().map(disk).collect(),
         files: Vec::new(),

@@ -43,7 +43,7 @@ fn point(level: Level, disks: &[(&str, u64)]) -> Manifest {
         level,
         parent: None,
         grade: Grade::Crash,
-        evidence: BTreeMap::new(),
+        evidence: Default::default(),
         machine: Machine::default(),
         disks: disks.iter().map(disk).collect(),
         files: Vec::new(),
