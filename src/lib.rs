@@ -34,7 +34,7 @@
 //! vm
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
-//! machine grade
+//! machine grade pki
 //! block direct durable extent fault limits units
 //! ```
 
@@ -53,6 +53,7 @@ pub mod limits;
 pub mod machine;
 pub mod monitor;
 pub mod nbd;
+pub mod pki;
 pub mod repo;
 pub mod restore;
 pub mod server;

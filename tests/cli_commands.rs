@@ -73,7 +73,7 @@ fn help_lists_the_exit_codes_and_the_commands_in_order() {
     for line in ["  0  all went well", "  5  an incremental was demanded", "130  interrupted"] {
         assert!(help.out.contains(line), "{line:?} is missing:\n{}", help.out);
     }
-    let commands = "init disks backup estimate points show verify restore serve status doctor detach";
+    let commands = "init disks backup estimate points show verify restore serve pki status doctor detach";
     let mut at = 0;
     for command in commands.split(' ') {
         let found = help.out[at..].find(&format!("\n  {command} ")).unwrap_or_else(|| panic!("{command} is missing"));
@@ -209,4 +209,41 @@ fn the_doctor_looks_at_the_host() {
     let report = Place::new().run("doctor --json");
     let checks = report.json()["checks"].as_array().unwrap().len();
     assert!(report.code == 0 && checks >= 4, "{}", report.out);
+}
+
+#[test]
+fn certificates_are_made_listed_and_revoked() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    assert_eq!(place.run("pki list ca").code, 3);
+    assert!(place.run("pki init ca").out.contains("pki issue ca NAME --server HOST"));
+    assert_eq!(place.run("pki init ca").code, 1);
+    for (arguments, code) in [
+        ("pki issue ca vmhost", 2),
+        ("pki issue ca vmhost --server host:7870", 2),
+        ("pki issue ca ../x --client", 2),
+        ("pki issue ca backup1 --client --server h", 2),
+        ("pki issue ca backup1 --client --days 0", 2),
+    ] {
+        assert_eq!(place.run(arguments).code, code, "{arguments}");
+    }
+    let server = place.run("pki issue ca vmhost --server vmhost.example --server 192.0.2.7 --json").json();
+    assert_eq!((&server["purpose"], &server["hosts"][1]), (&"server".into(), &"192.0.2.7".into()));
+    let client = place.run("pki issue ca backup1 --client --days 20");
+    assert!(client.out.contains("--tls"), "{}", client.out);
+    assert!(place.run("pki issue ca backup1 --client").err.contains("--renew"));
+    let key = fs::metadata(place.path("ca/bundle/backup1/key.pem")).unwrap();
+    assert_eq!(key.permissions().mode() & 0o777, 0o600);
+    assert!(place.run("pki list ca").out.contains("ends soon"));
+    let revoked = place.run("pki revoke ca backup1");
+    assert!(revoked.code == 0 && revoked.out.contains("ca/crl.pem"), "{}", revoked.out);
+    let unknown = place.run("pki revoke ca backup1");
+    assert!(unknown.code == 3 && unknown.err.contains("vmhost"), "{}", unknown.err);
+    let states: Vec<_> = place.run("pki list ca --json").json()["certificates"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| (entry["name"].as_str().unwrap().to_owned(), entry["state"].as_str().unwrap().to_owned()))
+        .collect();
+    assert_eq!(states, [("backup1".into(), "revoked".into()), ("vmhost".into(), "valid".into())]);
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::{
-    backup, detach, disks, doctor, estimate, exit, guardian, init, points, restore, serve, show, status, verify,
+    backup, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, serve, show, status, verify,
 };
 use crate::vm;
 
@@ -30,6 +30,16 @@ pub struct Global {
     /// Most scratch that a backup may use; beyond it the backup fails and the guest goes on.
     #[arg(long, global = true, value_name = "SIZE", value_parser = super::values::size, help_heading = "Global options")]
     pub scratch_budget: Option<u64>,
+    /// A client's certificate, as `livebackup pki issue` makes it [default: livebackup/tls in the XDG config home].
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "LIVEBACKUP_TLS",
+        hide_env_values = true,
+        help_heading = "Global options"
+    )]
+    pub tls: Option<PathBuf>,
     /// Print results, errors and progress as JSON.
     #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,
@@ -81,6 +91,8 @@ pub enum Command {
     Restore(restore::RestoreArgs),
     /// Serve VMs to backup clients
     Serve(serve::ServeArgs),
+    /// Make certificates for serving and backing up across a network
+    Pki(pki::PkiArgs),
     /// Show a VM's tracking, and its running backup
     Status(status::StatusArgs),
     /// Check what a backup needs, on this host and in a VM

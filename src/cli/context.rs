@@ -16,6 +16,8 @@ pub struct Context {
     pub output: Output,
     pub state: PathBuf,
     pub scratch: Option<PathBuf>,
+    /// Where the client's certificate is, when that was said.
+    pub tls: Option<PathBuf>,
     pub interrupted: watch::Receiver<bool>,
     scratch_budget_bytes: Option<u64>,
     transport: Transport,
@@ -32,6 +34,7 @@ impl Context {
             // The program may change its directory, and QEMU has another.
             state: std::path::absolute(state)?,
             scratch: global.scratch.as_ref().map(std::path::absolute).transpose()?,
+            tls: global.tls.clone(),
             interrupted,
             scratch_budget_bytes: global.scratch_budget,
             transport: global.transport.into(),

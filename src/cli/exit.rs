@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::backup::BackupError;
+use crate::pki::PkiError;
 use crate::repo::RepoError;
 use crate::restore::RestoreError;
 use crate::wire::message::{Failure, FailureCode};
@@ -19,12 +20,13 @@ pub enum Code {
     NotIncremental,
     Damaged,
     NoSpace,
+    Denied,
     Interrupted,
 }
 
 impl Code {
     /// All, as `--help` lists them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Good,
         Self::Failed,
         Self::Usage,
@@ -33,6 +35,7 @@ impl Code {
         Self::NotIncremental,
         Self::Damaged,
         Self::NoSpace,
+        Self::Denied,
         Self::Interrupted,
     ];
 
@@ -47,6 +50,7 @@ impl Code {
             Self::NotIncremental => 5,
             Self::Damaged => 6,
             Self::NoSpace => 7,
+            Self::Denied => 8,
             Self::Interrupted => 130,
         }
     }
@@ -62,6 +66,7 @@ impl Code {
             Self::NotIncremental => "not-incremental",
             Self::Damaged => "damaged",
             Self::NoSpace => "no-space",
+            Self::Denied => "denied",
             Self::Interrupted => "interrupted",
         }
     }
@@ -77,6 +82,7 @@ impl Code {
             Self::NotIncremental => "an incremental was demanded and is not possible",
             Self::Damaged => "the repository is damaged",
             Self::NoSpace => "no space left",
+            Self::Denied => "a certificate was refused, or does not grant this",
             Self::Interrupted => "interrupted",
         }
     }
@@ -133,6 +139,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<RestoreError>() {
         return of_restore(error);
     }
+    if let Some(error) = cause.downcast_ref::<PkiError>() {
+        return of_pki(error);
+    }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return of_failure(failure.code);
     }
@@ -180,12 +189,22 @@ fn of_restore(error: &RestoreError) -> Option<Code> {
     }
 }
 
+fn of_pki(error: &PkiError) -> Option<Code> {
+    match error {
+        PkiError::NoAuthority { .. } | PkiError::Unknown { .. } => Some(Code::NotFound),
+        PkiError::Name { .. } => Some(Code::Usage),
+        PkiError::Durable(error) => error.is_no_space().then_some(Code::NoSpace),
+        _ => None,
+    }
+}
+
 fn of_failure(code: FailureCode) -> Option<Code> {
     match code {
         FailureCode::UnknownVm | FailureCode::UnknownDisk => Some(Code::NotFound),
         FailureCode::Busy => Some(Code::Busy),
         FailureCode::NotIncremental => Some(Code::NotIncremental),
         FailureCode::NoSpace => Some(Code::NoSpace),
+        FailureCode::Denied => Some(Code::Denied),
         FailureCode::Interrupted => Some(Code::Interrupted),
         _ => None,
     }

@@ -9,6 +9,7 @@ mod args;
 mod backup;
 mod context;
 mod detach;
+mod dial;
 mod disks;
 mod doctor;
 mod estimate;
@@ -19,6 +20,7 @@ mod init;
 mod logging;
 mod open;
 mod output;
+mod pki;
 mod points;
 mod progress;
 mod repository;
@@ -78,6 +80,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
             Command::Verify(args) => verify::run(&context, &args).await,
             Command::Restore(args) => restore::run(&context, &args).await,
             Command::Serve(args) => serve::run(&context, &args).await,
+            Command::Pki(args) => pki::run(&context, &args),
             Command::Status(args) => status::run(&context, &args).await,
             Command::Doctor(args) => doctor::run(&context, &args).await,
             Command::Detach(args) => detach::run(&context, &args).await,

@@ -2,12 +2,13 @@
 
 use super::args::SourceArgs;
 use super::context::Context;
+use super::dial::dial;
 use super::exit;
 use super::source::{self, Source};
 use crate::backup::Sidecar;
 use crate::vm::{AttachError, QuietOptions, Vm, VmOptions};
+use crate::wire::Address;
 use crate::wire::message::{Failure, FailureCode, Reply, Request};
-use crate::wire::{Address, Client};
 
 /// Opens the source.
 pub async fn open(context: &Context, args: &SourceArgs) -> anyhow::Result<Sidecar> {
@@ -24,7 +25,7 @@ pub async fn open_with(context: &Context, args: &SourceArgs, quiet: QuietOptions
                 Ok(vm) => Ok(Sidecar::Local(vm)),
                 Err(AttachError::Served { address, vm }) => {
                     tracing::info!(%vm, server = %address, "a server has this VM: talking to it");
-                    context.unless_interrupted(connect(&address, Some(vm))).await
+                    context.unless_interrupted(connect(context, &address, Some(vm))).await
                 }
                 Err(AttachError::Failure(failure)) => Err(failure.into()),
             }
@@ -33,14 +34,14 @@ pub async fn open_with(context: &Context, args: &SourceArgs, quiet: QuietOptions
             if args.vm.is_some() {
                 return Err(exit::usage("--vm is for qmp: sources; a server's VM is named in the source"));
             }
-            context.unless_interrupted(connect(&address, vm)).await
+            context.unless_interrupted(connect(context, &address, vm)).await
         }
     }
 }
 
 /// Connects to a server, and looks whether it has the VM.
-async fn connect(address: &Address, vm: Option<String>) -> anyhow::Result<Sidecar> {
-    let mut client = Client::connect(address).await?;
+async fn connect(context: &Context, address: &Address, vm: Option<String>) -> anyhow::Result<Sidecar> {
+    let mut client = dial(context, address).await?;
     let Reply::List { vms } = client.request(Request::List).await? else {
         return Err(Failure::new(FailureCode::Protocol, "the server answered something else to `list`").into());
     };

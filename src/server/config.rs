@@ -1,10 +1,20 @@
 //! Configuration of the service (TOML).
 //!
 //! ```toml
-//! listen = "127.0.0.1:7870"        # or "unix:/run/livebackup/serve.sock"
+//! listen = "127.0.0.1:7870"        # or "unix:/run/livebackup/serve.sock", or a list of addresses
 //! state = "/var/lib/livebackup"    # may be left out
 //! scratch = "/var/scratch"         # may be left out
 //! scratch_budget = "20 GiB"        # may be left out
+//! unix_group = "backup"            # who may use a unix socket besides root and the server's own user
+//!
+//! [tls]                            # needed off the loopback; every TCP address speaks TLS then
+//! dir = "/etc/livebackup/tls"      # a bundle of `livebackup pki issue`; or cert, key, ca and crl by themselves
+//! crl = "/etc/livebackup/crl.pem"  # may be left out; read again when it changes, as the others are
+//!
+//! [[client]]
+//! name = "backup1"                 # the common name of its certificate
+//! vms = ["vm1"]                    # or ["*"]
+//! may = ["list", "backup"]         # may be left out; also "detach"
 //!
 //! [[vm]]
 //! monitor = "qmp:/run/vm1.qmp"
@@ -22,6 +32,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::bad;
+use super::grants::{Grants, May};
 use crate::agent;
 use crate::grade::Policy;
 use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
@@ -30,7 +41,10 @@ use crate::units::{GIB, KIB, MIB};
 use crate::vm::QuietOptions;
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
+use crate::wire::tls::TlsFiles;
 
+/// Most addresses to listen at.
+const MAX_ADDRESSES: usize = 16;
 /// Longest configuration file.
 const MAX_CONFIG_BYTES: u64 = MIB;
 
@@ -38,7 +52,13 @@ const MAX_CONFIG_BYTES: u64 = MIB;
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where it listens.
-    pub listen: WireAddress,
+    pub listen: Vec<WireAddress>,
+    /// The certificates, if TCP addresses speak TLS.
+    pub tls: Option<TlsFiles>,
+    /// Who gets what over TLS.
+    pub clients: Vec<Grants>,
+    /// Who may use a unix socket besides root and the server's own user.
+    pub unix_group: Option<String>,
     /// State directory, if the file names one.
     pub state: Option<PathBuf>,
     /// Scratch directory.
@@ -63,12 +83,58 @@ pub struct VmConfig {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    listen: String,
+    listen: Listen,
+    tls: Option<TlsTable>,
+    #[serde(default)]
+    client: Vec<ClientTable>,
+    unix_group: Option<String>,
     state: Option<PathBuf>,
     scratch: Option<PathBuf>,
     scratch_budget: Option<String>,
     #[serde(default)]
     vm: Vec<VmTable>,
+}
+
+/// One address or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Listen {
+    One(String),
+    Several(Vec<String>),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsTable {
+    dir: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    crl: Option<PathBuf>,
+}
+
+impl TlsTable {
+    fn files(self) -> Result<TlsFiles, String> {
+        let bundle = self.dir.as_deref().map(TlsFiles::in_dir);
+        let one = |given: Option<PathBuf>, of: fn(&TlsFiles) -> &PathBuf, name: &str| {
+            let found = given.or_else(|| bundle.as_ref().map(|files| of(files).clone()));
+            found.ok_or_else(|| format!("[tls] lacks {name}: give dir = \"DIR\", or cert, key and ca"))
+        };
+        Ok(TlsFiles {
+            cert: one(self.cert, |files| &files.cert, "cert")?,
+            key: one(self.key, |files| &files.key, "key")?,
+            ca: one(self.ca, |files| &files.ca, "ca")?,
+            crl: self.crl.or_else(|| bundle.as_ref().and_then(|files| files.crl.clone())),
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ClientTable {
+    name: String,
+    vms: Vec<String>,
+    may: Option<Vec<May>>,
 }
 
 #[derive(Deserialize)]
@@ -118,19 +184,45 @@ impl Config {
             return Err("it names no VM: add a [[vm]] table with monitor = \"qmp:…\"".into());
         }
         let vms = file.vm.into_iter().map(VmTable::config).collect::<Result<Vec<_>, _>>()?;
-        let mut names: Vec<_> = vms.iter().filter_map(|vm| vm.name.as_ref()).collect();
-        names.sort();
-        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(format!("two VMs are called {:?}: give each a name of its own", twice[0]));
+        no_two_alike(vms.iter().filter_map(|vm| vm.name.as_ref()), "VMs")?;
+        let tls = file.tls.map(TlsTable::files).transpose()?;
+        let clients: Vec<_> = file.client.into_iter().map(grants).collect();
+        if !clients.is_empty() && tls.is_none() {
+            return Err("a [[client]] proves its name by a certificate: add a [tls] table".into());
         }
+        no_two_alike(clients.iter().map(|client| &client.name), "clients")?;
+        let listen = match file.listen {
+            Listen::One(text) => vec![text],
+            Listen::Several(texts) => texts,
+        };
+        if listen.is_empty() || listen.len() > MAX_ADDRESSES {
+            return Err(format!("listen names {} addresses: 1 to {MAX_ADDRESSES} are possible", listen.len()));
+        }
+        let listen: Result<_, _> = listen.iter().map(|text| parse_listen(text, tls.is_some())).collect();
         let budget = file.scratch_budget.as_deref().map(parse_size).transpose()?;
         Ok(Self {
-            listen: parse_listen(&file.listen)?,
+            listen: listen?,
+            tls,
+            clients,
+            unix_group: file.unix_group,
             state: file.state,
             scratch: file.scratch,
             scratch_budget_bytes: budget,
             vms,
         })
+    }
+}
+
+fn grants(table: ClientTable) -> Grants {
+    Grants { name: table.name, vms: table.vms, may: table.may.unwrap_or_else(|| May::USUAL.to_vec()) }
+}
+
+fn no_two_alike<'a>(names: impl Iterator<Item = &'a String>, what: &str) -> Result<(), String> {
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(twice) => Err(format!("two {what} are called {:?}: give each a name of its own", twice[0])),
+        None => Ok(()),
     }
 }
 
@@ -149,16 +241,16 @@ fn parse_size(text: &str) -> Result<u64, String> {
     digits.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(unit)).ok_or_else(bad)
 }
 
-fn parse_listen(text: &str) -> Result<WireAddress, String> {
+fn parse_listen(text: &str, tls: bool) -> Result<WireAddress, String> {
     if let Some(path) = text.strip_prefix("unix:") {
         return Ok(WireAddress::Unix(path.into()));
     }
     let address: SocketAddr =
         text.parse().map_err(|_| format!("listen = {text:?}: write it as \"127.0.0.1:7870\" or \"unix:PATH\""))?;
-    if !address.ip().is_loopback() {
+    if !tls && !address.ip().is_loopback() {
         return Err(format!(
-            "listen = {text:?} is not on the loopback, and this version cannot ask clients who they are: listen on 127.0.0.1 or a \
-             unix socket, and let clients come through ssh -L"
+            "listen = {text:?} is not on the loopback, where clients must prove who they are: add a [tls] table with certificates \
+             (`livebackup pki` makes them), or listen on 127.0.0.1 or a unix socket"
         ));
     }
     Ok(WireAddress::Tcp(address.to_string()))
@@ -179,9 +271,23 @@ mod tests {
         let config = Config::parse(&format!("{good}{quiet}")).unwrap();
         assert_eq!(config.vms[0].quiet.agent, Some(agent::Address("/q".into())));
         assert_eq!(config.vms[0].quiet.lease, Duration::from_secs(3));
+        let client = "[[client]]\nname = \"a\"\nvms = [\"*\"]\nmay = [\"backup\"]\n";
+        let tls = "[tls]\ndir = \"/tls\"\ncrl = \"/crl\"\n";
+        let far = good.replace("\"127.0.0.1:0\"", "[\"0.0.0.0:1\", \"unix:/x\"]");
+        let config = Config::parse(&format!("{far}{tls}{client}")).unwrap();
+        assert_eq!(config.listen, [WireAddress::Tcp("0.0.0.0:1".into()), WireAddress::Unix("/x".into())]);
+        let files = config.tls.unwrap();
+        assert_eq!((files.key, files.crl), ("/tls/key.pem".into(), Some("/crl".into())));
+        assert_eq!(config.clients[0].may, [May::Backup]);
         for (text, says) in [
             (good.replace("127.0.0.1:0", "0.0.0.0:1"), "loopback"),
             (good.replace("127.0.0.1:0", "here"), "listen"),
+            (good.replace("\"127.0.0.1:0\"", "[]"), "1 to 16"),
+            (good.replace("\"127.0.0.1:0\"", "[\"unix:/x\", \"0.0.0.0:1\"]"), "loopback"),
+            (format!("{good}[[client]]\nname = \"a\"\nvms = []\n"), "[tls]"),
+            (format!("{good}[tls]\nkey = \"k\"\n"), "lacks cert"),
+            (format!("{good}{tls}{client}{client}"), "two clients are called \"a\""),
+            (format!("{good}{}", client.replace("backup", "restore")), "restore"),
             (good.replace("qmp:/a", "/a"), "qmp:PATH"),
             (good.replace("20 GiB", "lots"), "no size"),
             (good.replace("monitor", "monitr"), "monitr"),

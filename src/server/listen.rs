@@ -1,12 +1,16 @@
 //! Where the service listens: TCP or a unix socket.
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener};
 
+use nix::unistd::{Gid, chown};
+
 use super::bad;
+use super::door::Incoming;
+use crate::wire::Address;
 use crate::wire::message::Failure;
-use crate::wire::{Address, Stream};
 
 pub enum Listener {
     Tcp(TcpListener),
@@ -14,7 +18,8 @@ pub enum Listener {
 }
 
 impl Listener {
-    pub async fn bind(address: &Address) -> Result<Self, Failure> {
+    /// Opens an address; a unix socket is for its owner, and for `group` if there is one.
+    pub async fn bind(address: &Address, group: Option<Gid>) -> Result<Self, Failure> {
         let at =
             |e: std::io::Error| bad(format!("cannot listen at {address}: {e}; is another livebackup serve running?"));
         match address {
@@ -26,24 +31,45 @@ impl Listener {
                 if socket && std::os::unix::net::UnixStream::connect(path).is_err() {
                     let _ = std::fs::remove_file(path);
                 }
-                UnixListener::bind(path).map(|l| Listener::Unix(l, path.clone())).map_err(at)
+                let listener = UnixListener::bind(path).map_err(at)?;
+                // The door asks for the user too; the mode keeps others from waiting at it.
+                restrict(path, group).map_err(at)?;
+                Ok(Listener::Unix(listener, path.clone()))
             }
         }
     }
 
-    pub async fn accept(&self) -> std::io::Result<Stream> {
+    /// The next connection.
+    pub async fn accept(&self) -> std::io::Result<Incoming> {
         match self {
-            Listener::Tcp(listener) => Stream::tcp(listener.accept().await?.0),
+            Listener::Tcp(listener) => Ok(Incoming::Tcp(listener.accept().await?.0)),
             Listener::Unix(listener, path) => {
-                Ok(Stream::unix(listener.accept().await?.0, format!("a client of {}", path.display())))
+                Ok(Incoming::Unix(listener.accept().await?.0, format!("a client of {}", path.display())))
             }
         }
     }
 
+    /// Where it listens.
     pub fn address(&self) -> Option<Address> {
         match self {
             Listener::Tcp(listener) => Some(Address::Tcp(listener.local_addr().ok()?.to_string())),
             Listener::Unix(_, path) => Some(Address::Unix(path.clone())),
+        }
+    }
+}
+
+fn restrict(path: &Path, group: Option<Gid>) -> std::io::Result<()> {
+    if group.is_some() {
+        chown(path, None, group)?;
+    }
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
         }
     }
 }

@@ -1,44 +1,66 @@
 //! The sidecar service: keeps VMs attached and serves clients.
 //!
 //! ```text
-//!  listener ── a task a connection ──► requests ──► the VM that they name
+//!  listeners ── a task a connection ──► door: who is it? ──► requests, as granted ──► the VM that they name
 //!  VM: attach ──► attached ──(monitor closed)──► wait ──► attach …
 //! ```
 //!
-//! It listens on the loopback or a unix socket only, until clients can prove who they are. Ending it (SIGTERM, SIGINT) ends
-//! running sessions, takes every fleece out of QEMU, and leaves the bitmaps that record.
+//! Over TCP clients prove who they are by TLS; without it the service listens on the loopback and on unix sockets only.
+//! Ending it (SIGTERM, SIGINT) ends running sessions, takes every fleece out of QEMU, and leaves the bitmaps that record.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::select_all;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::block::BoxFuture;
 use crate::vm::VmOptions;
 use crate::wire::message::{Failure, FailureCode};
-use crate::wire::{Timing, serve_connection};
+use crate::wire::{Address, Timing, serve_connection};
 
 mod config;
+mod door;
+pub mod grants;
 mod keep;
 mod listen;
 mod service;
 
 pub use config::Config;
 
+use door::{Door, Incoming};
 use keep::keep;
 use listen::Listener;
 use service::Service;
 
 /// Connections at once, at most.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 256;
 
 fn bad(message: impl Into<String>) -> Failure {
     Failure::new(FailureCode::Internal, message)
 }
 
+/// Where a process of this host finds the service best: a unix socket asks for no certificate.
+fn nearest(listeners: &[Listener]) -> Option<Address> {
+    let addresses = || listeners.iter().filter_map(Listener::address);
+    addresses().find(|address| matches!(address, Address::Unix(_))).or_else(|| addresses().next())
+}
+
+/// The next connection of any listener.
+async fn accept(listeners: &[Listener]) -> std::io::Result<Incoming> {
+    let accepting: Vec<BoxFuture<'_, _>> = listeners.iter().map(|listener| Box::pin(listener.accept()) as _).collect();
+    select_all(accepting).await.0
+}
+
 /// Serves until `stop` says true. What the configuration leaves open is as in `base`.
 pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bool>) -> Result<(), Failure> {
-    let listener = Listener::bind(&config.listen).await?;
-    let address = listener.address();
+    let door = Arc::new(Door::new(&config)?);
+    let mut listeners = vec![];
+    for address in &config.listen {
+        listeners.push(Listener::bind(address, door.group()).await?);
+    }
+    let served_at = nearest(&listeners);
     let service = Service::default();
     let mut keepers = JoinSet::new();
     for vm in &config.vms {
@@ -49,37 +71,50 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             name: vm.name.clone(),
             transport: base.transport,
             quiet: vm.quiet.clone(),
-            served_at: address.clone(),
+            served_at: served_at.clone(),
         };
         keepers.spawn(keep(service.clone(), vm.monitor.clone(), options, stop.clone()));
     }
-    tracing::info!("listening at {}", address.as_ref().unwrap_or(&config.listen));
+    for address in listeners.iter().filter_map(Listener::address) {
+        tracing::info!("listening at {address}");
+    }
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            stream = listener.accept() => match stream {
-                Ok(stream) if connections.len() < MAX_CONNECTIONS => {
-                    let service = service.clone();
-                    connections.spawn(async move {
-                        let answer = |request| { let service = service.clone(); async move { service.answer(request).await } };
-                        let _ = serve_connection(stream, Timing::default(), answer).await;
-                    });
+            incoming = accept(&listeners) => match incoming {
+                Ok(incoming) if connections.len() < MAX_CONNECTIONS => {
+                    connections.spawn(converse(door.clone(), service.clone(), incoming));
                 }
-                Ok(stream) => tracing::warn!(peer = stream.peer(), "refused: {MAX_CONNECTIONS} connections are open"),
+                Ok(_) => tracing::warn!("a connection was refused: {MAX_CONNECTIONS} are open"),
                 Err(e) => {
                     tracing::warn!("cannot accept a connection: {e}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             },
             Some(_) = connections.join_next() => {}
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = asked_to_stop(&mut stop) => break,
         }
     }
     tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
     connections.shutdown().await;
     while keepers.join_next().await.is_some() {}
-    if let Listener::Unix(_, path) = &listener {
-        let _ = std::fs::remove_file(path);
-    }
     Ok(())
+}
+
+async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
+    // Nobody who could ask any more is as good as being asked.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// A connection, from the door to its end.
+async fn converse(door: Arc<Door>, service: Service, incoming: Incoming) {
+    let timing = Timing::default();
+    match door.admit(incoming, timing.hello).await {
+        Err(failure) => tracing::warn!("{failure}"),
+        Ok((stream, caller)) => {
+            let (service, caller) = (&service, &caller);
+            // What went wrong is logged where it was seen.
+            let _ = serve_connection(stream, timing, |request| service.answer(caller, request)).await;
+        }
+    }
 }

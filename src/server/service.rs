@@ -1,9 +1,11 @@
-//! What the service answers: the VMs that it knows, and each request given to the VM that it names.
+//! What the service answers: the VMs that it knows, and each request given to the VM that it names, as far as the caller
+//! sees it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::grants::Caller;
 use crate::vm::Vm;
 use crate::wire::Answer;
 use crate::wire::message::{Failure, FailureCode, Reply, Request, VmEntry, VmStatus};
@@ -40,15 +42,22 @@ impl Service {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Those that a caller sees.
+    fn seen_by(&self, caller: &Caller) -> BTreeMap<String, State> {
+        let mut all = self.all();
+        all.retain(|vm, _| caller.sees(vm));
+        all
+    }
+
     /// A VM by its name. One that is being attached for the first time is waited for.
-    async fn vm(&self, name: &str) -> Result<Vm, Failure> {
+    async fn vm(&self, caller: &Caller, name: &str) -> Result<Vm, Failure> {
         let deadline = tokio::time::Instant::now() + FIRST_ATTACH_WITHIN;
         while self.all().values().any(|state| matches!(state, State::Starting))
             && tokio::time::Instant::now() < deadline
         {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        let all = self.all();
+        let all = self.seen_by(caller);
         match all.get(name) {
             Some(State::Starting) => {
                 Err(Failure::new(FailureCode::Qemu, format!("VM {name:?} is still being attached; try again")))
@@ -61,31 +70,38 @@ impl Service {
                 let names: Vec<_> = all.into_keys().collect();
                 Err(Failure::new(
                     FailureCode::UnknownVm,
-                    format!("no VM {name:?} is served here; there are: {}", names.join(", ")),
+                    match names.is_empty() {
+                        true => format!("no VM {name:?} is served here to {}", caller.name()),
+                        false => format!("no VM {name:?} is served here; there are: {}", names.join(", ")),
+                    },
                 ))
             }
         }
     }
 
-    pub async fn answer(&self, request: Request) -> Result<Answer, Failure> {
+    /// Answers a request of a caller.
+    pub async fn answer(&self, caller: &Caller, request: Request) -> Result<Answer, Failure> {
+        caller.check(&request)?;
         let reply = match request {
-            Request::List => Reply::List { vms: self.list().await },
+            Request::List => Reply::List { vms: self.list(caller).await },
             Request::Disks { vm } => {
-                let (machine, disks) = self.vm(&vm).await?.disks().await?;
+                let (machine, disks) = self.vm(caller, &vm).await?.disks().await?;
                 Reply::Disks { machine, disks }
             }
-            Request::Status { vm } => Reply::Status { vms: self.status(vm).await? },
-            Request::Estimate(begin) => Reply::Estimate { disks: self.vm(&begin.vm).await?.estimate(begin).await? },
-            Request::Begin(begin) => return Ok(Answer::Session(self.vm(&begin.vm).await?.begin(begin).await?)),
-            Request::Detach { vm } => Reply::Detached { removed: self.vm(&vm).await?.detach().await? },
+            Request::Status { vm } => Reply::Status { vms: self.status(caller, vm).await? },
+            Request::Estimate(begin) => {
+                Reply::Estimate { disks: self.vm(caller, &begin.vm).await?.estimate(begin).await? }
+            }
+            Request::Begin(begin) => return Ok(Answer::Session(self.vm(caller, &begin.vm).await?.begin(begin).await?)),
+            Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
             Request::Ack(_) => return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session")),
         };
         Ok(Answer::Reply(reply))
     }
 
-    async fn list(&self) -> Vec<VmEntry> {
+    async fn list(&self, caller: &Caller) -> Vec<VmEntry> {
         let mut out = vec![];
-        for (vm, state) in self.all() {
+        for (vm, state) in self.seen_by(caller) {
             let state = match state {
                 State::Starting => STARTING.to_owned(),
                 State::Attached(v) => v.status().await.state,
@@ -96,12 +112,12 @@ impl Service {
         out
     }
 
-    async fn status(&self, vm: Option<String>) -> Result<Vec<VmStatus>, Failure> {
+    async fn status(&self, caller: &Caller, vm: Option<String>) -> Result<Vec<VmStatus>, Failure> {
         if let Some(name) = vm {
-            return Ok(vec![self.vm(&name).await?.status().await]);
+            return Ok(vec![self.vm(caller, &name).await?.status().await]);
         }
         let mut out = vec![];
-        for (vm, state) in self.all() {
+        for (vm, state) in self.seen_by(caller) {
             out.push(match state {
                 State::Attached(v) => v.status().await,
                 State::Starting => unreached(vm, STARTING.to_owned()),

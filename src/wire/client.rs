@@ -21,6 +21,7 @@ use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session};
 use super::reader::{Frame, FrameReader};
+use super::tls::Connector;
 use super::writer::FrameWriter;
 use crate::extent::Extent;
 
@@ -77,13 +78,19 @@ impl Client {
                 Address::Unix(path) => Ok(Stream::unix(UnixStream::connect(path).await?, address.to_string())),
             }
         };
-        let refused = |why: String| {
-            let what = format!("cannot connect to {address}: {why}; is `livebackup serve` running there?");
-            Failure::new(FailureCode::Disconnected, what)
+        let connected = timeout(timing.hello, connecting).await;
+        let stream = connected.map_err(|_| refused(address, "no answer"))?.map_err(|e| refused(address, e))?;
+        Self::over(stream, timing).await
+    }
+
+    /// Connects to `HOST:PORT` with TLS.
+    pub async fn connect_tls(host_port: &str, tls: &Connector, timing: Timing) -> Result<Self, Failure> {
+        let connecting = async {
+            let stream = TcpStream::connect(host_port).await.map_err(|e| refused(&host_port, e))?;
+            tls.connect(stream, host_port).await
         };
         let connected = timeout(timing.hello, connecting).await;
-        let stream = connected.map_err(|_| refused("no answer".to_owned()))?.map_err(|e| refused(e.to_string()))?;
-        Self::over(stream, timing).await
+        Self::over(connected.map_err(|_| refused(&host_port, "no answer"))??, timing).await
     }
 
     /// Says hello over a stream that is connected already.
@@ -197,6 +204,11 @@ impl Client {
             let _ = events.send(Err(failure)).await;
         }
     }
+}
+
+fn refused(address: &impl fmt::Display, why: impl fmt::Display) -> Failure {
+    let what = format!("cannot connect to {address}: {why}; is `livebackup serve` running there?");
+    Failure::new(FailureCode::Disconnected, what)
 }
 
 /// Reads until the end, a failure, or nobody takes the events.

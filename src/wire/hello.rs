@@ -110,7 +110,9 @@ pub enum HelloError {
 
 impl From<HelloError> for Failure {
     fn from(error: HelloError) -> Self {
-        let code = match error {
+        let code = match &error {
+            // TLS's word: our certificate was refused after the handshake, as version 1.3 does it.
+            HelloError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => FailureCode::Denied,
             HelloError::Io { .. } | HelloError::Silent { .. } | HelloError::Closed { .. } => FailureCode::Disconnected,
             _ => FailureCode::Protocol,
         };
@@ -276,7 +278,7 @@ fn guess(seen: &[u8]) -> String {
         (b"OPTIONS ", "an HTTP client"),
         (b"PRI * ", "an HTTP client"),
         (b"\x16\x03", "a TLS client, and this address speaks without TLS"),
-        (b"\x15\x03", "a TLS server, and livebackup was told to speak without TLS"),
+        (b"\x15\x03", "a TLS server: name a certificate by --tls DIR"),
         (b"SSH-", "SSH"),
         (b"NBDMAGIC", "an NBD server"),
     ];

@@ -283,6 +283,8 @@ pub enum FailureCode {
     NoSpace,
     /// The peer broke the protocol, or its version is not ours.
     Protocol,
+    /// Who asks is not known, or was not granted this.
+    Denied,
     /// The connection ended.
     Disconnected,
     /// The guest could not be made quiet, and that was required.

@@ -30,6 +30,7 @@ pub mod message;
 pub mod pool;
 pub mod reader;
 pub mod server;
+pub mod tls;
 pub mod writer;
 
 pub use client::{Address, Client};
