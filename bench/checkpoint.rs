@@ -50,7 +50,8 @@ fn main() {
         let first = CheckpointId::random();
         let qemu = QemuInstance { pid: 1, start_time: 1, boot_id: "boot".into() };
         let (id, time, node) = (EpochId::random(), Timestamp::now(), "node".to_owned());
-        log.begin_epoch(EpochStart { id, first, time, size_bytes: SIZE_BYTES, qemu, node }, "first").expect("begin");
+        log.begin_epoch(EpochStart { id, first, time, size_bytes: SIZE_BYTES, qemu, node, medium: None }, "first")
+            .expect("begin");
         let mut prev = first;
         let mut slowest = 0f64;
         for number in 2..=1000 {

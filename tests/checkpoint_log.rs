@@ -36,6 +36,7 @@ fn start(epoch_n: u8, first: u8) -> EpochStart {
         size_bytes: SIZE,
         qemu: QemuInstance { pid: 1, start_time: 2, boot_id: "boot".into() },
         node: "disk0".into(),
+        medium: None,
     }
 }
 
@@ -123,7 +124,7 @@ fn an_epoch_is_carried_to_another_qemu() {
     let dir = tempfile::tempdir().unwrap();
     let mut log = log_of_five(dir.path());
     let next = QemuInstance { pid: 77, start_time: 3, boot_id: "other".into() };
-    log.carry_epoch(next.clone(), "node7").unwrap();
+    log.carry_epoch(next.clone(), "node7", None).unwrap();
     let log = Log::open(dir.path()).unwrap();
     assert_eq!((&log.epoch().unwrap().qemu, log.epoch().unwrap().node.as_str()), (&next, "node7"));
     assert_eq!(log.since(id(4)).unwrap(), granules(&[5, 55]));

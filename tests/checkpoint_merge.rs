@@ -36,6 +36,7 @@ fn start() -> EpochStart {
         size_bytes: SIZE,
         qemu: QemuInstance { pid: 1, start_time: 2, boot_id: "boot".into() },
         node: "disk0".into(),
+        medium: None,
     }
 }
 

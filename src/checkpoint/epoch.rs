@@ -5,6 +5,8 @@
 //! JSON = { "version": 1, "epoch": Epoch or null, "last_end": EpochEnd or null }
 //! ```
 //!
+//! `epoch.medium` and `epoch.closed` may be missing, as in files from before there were stamps.
+//!
 //! The file moves the log's head: a checkpoint counts once `epoch.last` names it. It is JSON for the operator's eyes, and
 //! has a checksum because a turned digit would be believed otherwise.
 
@@ -13,6 +15,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::stamp::{Closed, Medium};
 use crate::durable::{self, DurableError, Replace};
 use crate::limits::MAX_DISK_BYTES;
 use crate::units::{CheckpointId, EpochId};
@@ -53,6 +56,12 @@ pub struct Epoch {
     pub last: CheckpointId,
     /// Number of the latest checkpoint.
     pub number: u64,
+    /// What the disk was made of when the epoch began or was carried over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub medium: Option<Medium>,
+    /// That this QEMU ended with nothing unseen, and how the medium stood then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Closed>,
 }
 
 /// An epoch that ended.

@@ -31,6 +31,7 @@ use super::epoch::{Epoch, EpochEnd, FILE_NAME, MAX_ENDED_CHECKPOINTS, QemuInstan
 use super::error::{LogError, NotInLog};
 use super::format::{Content, Decoder, FormatError, Header};
 use super::merge::Limits;
+use super::stamp::{Closed, Medium};
 use crate::durable::{self, DurableError, Replace};
 use crate::fault;
 use crate::limits::MAX_DISK_BYTES;
@@ -63,6 +64,8 @@ pub struct EpochStart {
     pub qemu: QemuInstance,
     /// The disk's root node there.
     pub node: String,
+    /// What the disk is made of there.
+    pub medium: Option<Medium>,
 }
 
 /// A checkpoint to be sealed.
@@ -148,6 +151,8 @@ impl Log {
             node: start.node,
             last: start.first,
             number,
+            medium: start.medium,
+            closed: None,
         };
         self.write_state(State { epoch: Some(epoch), last_end: self.ended(reason) })?;
         fault::point("epoch.begun");
@@ -189,11 +194,25 @@ impl Log {
     ///
     /// # Errors
     /// When it cannot be made durable; the log is poisoned then.
-    pub fn carry_epoch(&mut self, qemu: QemuInstance, node: &str) -> Result<(), LogError> {
+    pub fn carry_epoch(&mut self, qemu: QemuInstance, node: &str, medium: Option<Medium>) -> Result<(), LogError> {
         self.check_poison()?;
         let mut state = self.state.clone();
         let Some(epoch) = &mut state.epoch else { return Ok(()) };
         (epoch.qemu, epoch.node) = (qemu, node.to_owned());
+        (epoch.medium, epoch.closed) = (medium, None);
+        self.write_state(state)
+    }
+
+    /// Notes durably that the epoch's QEMU ended with nothing unseen after the last checkpoint. No epoch running is no
+    /// error.
+    ///
+    /// # Errors
+    /// When it cannot be made durable; the log is poisoned then.
+    pub fn close_epoch(&mut self, closed: Closed) -> Result<(), LogError> {
+        self.check_poison()?;
+        let mut state = self.state.clone();
+        let Some(epoch) = &mut state.epoch else { return Ok(()) };
+        epoch.closed = Some(closed);
         self.write_state(state)
     }
 

@@ -13,6 +13,7 @@ pub mod log;
 mod merge;
 mod open;
 mod runs;
+mod stamp;
 
 pub use bitmap::{Bitmap, SizeMismatch};
 pub use epoch::{Epoch, EpochEnd, QemuInstance};
@@ -20,3 +21,4 @@ pub use error::{LogError, NotInLog};
 pub use format::{FormatError, Header, Payload};
 pub use log::{Damaged, EpochStart, Log, Sealed};
 pub use merge::Limits;
+pub use stamp::{Closed, FileNumbers, FileStamp, Layer, Medium, Stamp};

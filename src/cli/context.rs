@@ -51,6 +51,7 @@ impl Context {
             transport: self.transport,
             quiet: QuietOptions::default(),
             served_at: None,
+            ..VmOptions::default()
         }
     }
 

@@ -6,16 +6,25 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::libc;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::Address;
 use super::socket::Socket;
+
+/// How often a kernel without descriptors of processes is asked.
+const ALIVE_ASKED_EVERY: Duration = Duration::from_millis(50);
 
 /// A process of this host, named so that no later one can be taken for it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,6 +50,36 @@ impl Process {
     /// Whether it still runs.
     pub fn is_alive(&self) -> bool {
         Self::of_pid(self.pid).as_ref() == Some(self)
+    }
+
+    /// Resolves when it has ended: its files are closed then, whether its parent has taken notice or not.
+    pub async fn ended(&self) {
+        let descriptor = self.descriptor();
+        // The descriptor is of this process only if the process was there before it and is there after it.
+        if !self.is_alive() {
+            return;
+        }
+        // SAFETY: an `OwnedFd` keeps its descriptor open, and the same one, for as long as `AsyncFd` holds it.
+        let watch = |fd| unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from);
+        match descriptor.and_then(watch) {
+            Ok(watched) => drop(watched.readable().await),
+            Err(_) => {
+                while self.is_alive() {
+                    tokio::time::sleep(ALIVE_ASKED_EVERY).await;
+                }
+            }
+        }
+    }
+
+    /// pidfd_open(2).
+    fn descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the call takes two numbers and touches no memory of ours.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        match i32::try_from(fd) {
+            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+            Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

@@ -23,7 +23,11 @@
 //! freeze = "prefer"                # or "require", "never"; may be left out
 //! freeze_lease_s = 10              # longest freeze; may be left out
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
+//! shutdown = "harvest"             # or "leave"; may be left out: "leave"
 //! ```
+//!
+//! With `shutdown = "harvest"` QEMU waits, when the guest powers off, until its last bitmaps are taken, and is ended then:
+//! tracking goes on when the virtual machine is started again. With `"leave"` QEMU ends as without us.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -38,7 +42,7 @@ use crate::grade::Policy;
 use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
 use crate::monitor::Address;
 use crate::units::{GIB, KIB, MIB};
-use crate::vm::QuietOptions;
+use crate::vm::{PowerOff, QuietOptions};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
 use crate::wire::tls::TlsFiles;
@@ -78,6 +82,8 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// How it is made quiet.
     pub quiet: QuietOptions,
+    /// What becomes of QEMU when the guest powers off.
+    pub power_off: PowerOff,
 }
 
 #[derive(Deserialize)]
@@ -148,6 +154,7 @@ struct VmTable {
     freeze_lease_s: Option<u64>,
     #[serde(default)]
     freeze_mount_points: Vec<String>,
+    shutdown: Option<String>,
 }
 
 impl VmTable {
@@ -163,7 +170,12 @@ impl VmTable {
         }
         let quiet =
             QuietOptions { agent: self.agent, freeze: self.freeze, mount_points: self.freeze_mount_points, lease };
-        Ok(VmConfig { monitor, name: self.name, quiet })
+        let power_off = match self.shutdown.as_deref() {
+            None | Some("leave") => PowerOff::Leave,
+            Some("harvest") => PowerOff::Harvest,
+            Some(other) => return Err(format!("shutdown = {other:?}: write \"leave\" or \"harvest\"")),
+        };
+        Ok(VmConfig { monitor, name: self.name, quiet, power_off })
     }
 }
 
@@ -279,6 +291,9 @@ mod tests {
         let files = config.tls.unwrap();
         assert_eq!((files.key, files.crl), ("/tls/key.pem".into(), Some("/crl".into())));
         assert_eq!(config.clients[0].may, [May::Backup]);
+        assert_eq!(config.vms[0].power_off, PowerOff::Leave);
+        let config = Config::parse(&format!("{good}shutdown = \"harvest\"\n")).unwrap();
+        assert_eq!(config.vms[0].power_off, PowerOff::Harvest);
         for (text, says) in [
             (good.replace("127.0.0.1:0", "0.0.0.0:1"), "loopback"),
             (good.replace("127.0.0.1:0", "here"), "listen"),
@@ -295,6 +310,7 @@ mod tests {
             (format!("{good}freeze_lease_s = 61\n"), "from 1 to 60"),
             (format!("{good}freeze = \"maybe\"\n"), "maybe"),
             (format!("{good}agent = \"unix:\"\n"), "unix:PATH"),
+            (format!("{good}shutdown = \"now\"\n"), "harvest"),
         ] {
             let said = Config::parse(&text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");

@@ -6,10 +6,11 @@ use tokio::sync::watch;
 
 use super::service::{Service, State};
 use crate::monitor::Address;
-use crate::vm::{AttachError, Vm, VmOptions};
+use crate::vm::{AttachError, Parting, Vm, VmOptions};
 
 /// How long to wait before a VM that could not be attached is tried again.
-const ATTACH_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// Soon: a guest that was started again is tracked without a gap only if its disk is looked at before it writes.
+const ATTACH_AGAIN_AFTER: Duration = Duration::from_millis(250);
 
 /// Keeps one VM attached.
 pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut stop: watch::Receiver<bool>) {
@@ -27,9 +28,12 @@ pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut st
                 }
                 tracing::info!(vm = known, "attached");
                 service.set(&known, State::Attached(vm.clone()));
-                tokio::select! {
-                    () = vm.closed() => tracing::warn!(vm = known, "QEMU ended, or closed its monitor"),
-                    _ = stop.wait_for(|stop| *stop) => {}
+                let parting = async {
+                    let _ = stop.wait_for(|stop| *stop).await;
+                    Parting::LetGo
+                };
+                if vm.tend(parting).await {
+                    tracing::info!(vm = known, "QEMU ended");
                 }
                 service.set(&known, State::Away("QEMU ended, or closed its monitor".into()));
                 // A session's task holds the VM until its fleece is out.

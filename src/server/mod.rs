@@ -72,6 +72,8 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             transport: base.transport,
             quiet: vm.quiet.clone(),
             served_at: served_at.clone(),
+            power_off: vm.power_off,
+            persistent: base.persistent,
         };
         keepers.spawn(keep(service.clone(), vm.monitor.clone(), options, stop.clone()));
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex as StdMutex};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use super::names::Names;
 use super::place::{self, Holder, Place, Taken};
@@ -83,8 +83,14 @@ impl Vm {
             session: Arc::new(Mutex::new(())),
             progress: StdMutex::new(None),
             tracking: StdMutex::default(),
+            doubts: StdMutex::default(),
+            sessions: watch::Sender::new(0),
+            give_up: watch::Sender::new(None),
         };
-        Ok(Vm { inner: Arc::new(inner) })
+        let vm = Vm { inner: Arc::new(inner) };
+        vm.pay_quit().await?;
+        vm.carry_over().await?;
+        Ok(vm)
     }
 }
 

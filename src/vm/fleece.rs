@@ -464,7 +464,7 @@ impl Fleece {
 }
 
 /// The dirty count of a bitmap in `query-named-block-nodes`.
-fn count(nodes: &Value, node: &str, bitmap: &str) -> Option<u64> {
+pub(super) fn count(nodes: &Value, node: &str, bitmap: &str) -> Option<u64> {
     let found = nodes.as_array()?.iter().find(|n| n["node-name"] == node)?;
     found["dirty-bitmaps"].as_array()?.iter().find(|b| b["name"] == bitmap)?["count"].as_u64()
 }

@@ -13,10 +13,17 @@
 //! |---|---|---|
 //! | [`Debt::Cont`] | `stop` for an instant | `cont` at the monitor, if the guest is paused still |
 //! | [`Debt::Thaw`] | file systems frozen | a thaw at the agent, see [`quiet`](super::quiet) |
+//! | [`Debt::Quit`] | QEMU was told to stay when the guest powers off, for our harvest | QEMU is told to end by itself again; if the guest has powered off already, `quit` |
+//!
+//! The last debt lives as long as the sidecar. QEMU is told to end by itself first and looked at afterwards: a guest
+//! that powers off in between takes QEMU with it, and one that was reset meanwhile runs on.
 //!
 //! The sidecar's end of the pipe closes however it dies. Only then does the guardian touch the monitor or the agent, so
-//! that the two never compete. If both die, the debt file in the run directory makes the next start pay.
+//! that the two never compete. If both die, the debt file in the run directory makes the next start pay. That start may come
+//! while the guardian still waits for the monitor: the file of a `quit` holds its guardian's process id, and a guardian
+//! whose file is gone or another's owes nothing.
 
+use std::future::Future;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -27,12 +34,14 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::quiet;
-use super::undo::Debt;
+use super::undo::{self, Debt};
 use crate::fault;
 use crate::monitor::{Address, Monitor, MonitorError};
 
-/// How long the guardian tries to reach the monitor.
+/// How long the guardian tries to reach the monitor for `cont`. For `quit` it tries as long as QEMU lives.
 const TRY_FOR: Duration = Duration::from_secs(60);
+/// Longest pause between two tries.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The sidecar's end.
 #[derive(Debug)]
@@ -62,6 +71,11 @@ impl Guardian {
         self.pipe.write_all(&line)
     }
 
+    /// What the file of [`Debt::Quit`] holds.
+    pub fn token(&self) -> String {
+        self.child.id().to_string()
+    }
+
     /// The debt is paid. Call it after the inverse.
     pub fn paid(mut self) {
         let _ = self.pipe.write_all(b"paid\n");
@@ -77,13 +91,13 @@ pub async fn run(address: &Address) {
     let mut owed: Option<(Debt, PathBuf)> = None;
     while let Ok(Some(line)) = lines.next_line().await {
         owed = line.strip_prefix("owe ").and_then(|rest| rest.split_once(' ')).and_then(|(debt, file)| {
-            let debt = [Debt::Cont, Debt::Thaw].into_iter().find(|d| d.name() == debt)?;
+            let debt = [Debt::Cont, Debt::Thaw, Debt::Quit].into_iter().find(|d| d.name() == debt)?;
             Some((debt, PathBuf::from(file)))
         });
     }
     match owed {
         Some((Debt::Cont, file)) => {
-            let paid = tokio::time::timeout(TRY_FOR, pay(address)).await;
+            let paid = tokio::time::timeout(TRY_FOR, until_paid(address, || true, cont)).await;
             let _ = paid.map(|()| std::fs::remove_file(file));
         }
         // As long as it takes: nobody else will.
@@ -91,23 +105,43 @@ pub async fn run(address: &Address) {
             fault::point("guardian.thaw");
             quiet::pay_thaw(&file).await;
         }
+        Some((Debt::Quit, file)) => {
+            let token = std::process::id().to_string();
+            let still = || std::fs::read_to_string(&file).is_ok_and(|content| content == token);
+            until_paid(address, still, quit).await;
+            if still() {
+                let _ = std::fs::remove_file(&file);
+                // Empty unless a session left something: then it is the next start's.
+                let _ = file.parent().map(std::fs::remove_dir);
+            }
+        }
         _ => {}
     }
 }
 
-async fn pay(address: &Address) {
-    loop {
-        match cont(address).await {
+/// Tries until it is paid, QEMU is gone, or nothing is owed any more.
+async fn until_paid<F: Future<Output = Result<(), MonitorError>>>(
+    address: &Address,
+    still: impl Fn() -> bool,
+    pay: impl Fn(Monitor) -> F,
+) {
+    let mut pause = Duration::from_millis(20);
+    while still() {
+        let paid = match Monitor::connect(address).await {
+            Ok(monitor) => pay(monitor).await,
+            Err(error) => Err(error),
+        };
+        match paid {
             Ok(()) => return,
             // QEMU itself is gone.
             Err(MonitorError::NoSocket { .. }) => return,
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(_) => tokio::time::sleep(pause).await,
         }
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-async fn cont(address: &Address) -> Result<(), MonitorError> {
-    let monitor = Monitor::connect(address).await?;
+async fn cont(monitor: Monitor) -> Result<(), MonitorError> {
     let status = monitor.raw("query-status", json!({})).await?;
     if status["status"] == "paused" {
         monitor.raw("cont", json!({})).await?;
@@ -115,9 +149,13 @@ async fn cont(address: &Address) -> Result<(), MonitorError> {
     Ok(())
 }
 
+async fn quit(monitor: Monitor) -> Result<(), MonitorError> {
+    undo::let_power_off(&monitor).await.map(drop)
+}
+
 fn ignore_signals() {
     use nix::sys::signal::{SigHandler, Signal, signal};
-    for which in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+    for which in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         // SAFETY: SIG_IGN is no handler: no code of ours runs in a signal's context.
         let _ = unsafe { signal(which, SigHandler::SigIgn) };
     }

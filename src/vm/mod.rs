@@ -8,22 +8,28 @@
 //!                                        harvest, seal, forget
 //! ```
 //!
+//! Between sessions the VM is tended (`power`): a guest's power-off is noticed, and what its QEMU knows is taken in time.
+//! Tracking that a predecessor of this QEMU left is carried over at attach (`carry`) where there is proof
+//! ([`evidence`], [`medium`]).
+//!
 //! One session at a time. It is a task of its own: dropping the client's end ends it, and whatever happens, it takes
 //! everything of ours out of QEMU again except the bitmaps that record for the next backup.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
-use crate::checkpoint::QemuInstance;
-use crate::machine::{FoundDisk, Machine};
+use crate::checkpoint::{Log, Medium, QemuInstance};
+use crate::machine::{Disk, FoundDisk, Machine};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, TrackingStatus};
 
 mod agent;
 mod attach;
+mod carry;
 pub mod doctor;
 mod estimate;
 pub mod evidence;
@@ -31,8 +37,10 @@ pub mod fleece;
 pub mod graph;
 pub mod guardian;
 pub mod harvest;
+pub mod medium;
 pub mod names;
 pub mod place;
+mod power;
 pub mod quiet;
 pub mod scratch;
 mod select;
@@ -43,12 +51,14 @@ pub mod transfer;
 pub mod undo;
 
 pub use doctor::{Check, CheckVerdict};
+pub use power::{Parting, PowerOff};
 pub use quiet::QuietOptions;
 
+use evidence::{Doubt, Proof};
 use graph::Graph;
 use names::Names;
 use place::Place;
-use tracking::{Plan, Wish};
+use tracking::{Bench, Plan, Wish};
 
 /// How the data of a disk is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,6 +89,10 @@ pub struct VmOptions {
     pub quiet: QuietOptions,
     /// Where this process serves the VM to clients, if it does: others are sent there.
     pub served_at: Option<WireAddress>,
+    /// What becomes of QEMU when the guest powers off.
+    pub power_off: PowerOff,
+    /// Whether images that can are to keep our bitmaps from one QEMU to the next.
+    pub persistent: bool,
 }
 
 /// Why a VM cannot be attached.
@@ -124,6 +138,12 @@ struct Inner {
     progress: StdMutex<Option<SessionStatus>>,
     /// What the last status said of the disks.
     tracking: StdMutex<Vec<TrackingStatus>>,
+    /// Why epochs were not carried over to this QEMU, by disk.
+    doubts: StdMutex<BTreeMap<String, String>>,
+    /// Counts sessions that are over.
+    sessions: watch::Sender<u64>,
+    /// Why a running session must end now.
+    give_up: watch::Sender<Option<&'static str>>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -185,20 +205,45 @@ impl Vm {
         change(&mut self.inner.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    fn doubt(&self, disk: &str) -> Option<String> {
+        self.inner.doubts.lock().unwrap_or_else(PoisonError::into_inner).get(disk).cloned()
+    }
+
+    fn set_doubts(&self, doubts: BTreeMap<String, String>) {
+        *self.inner.doubts.lock().unwrap_or_else(PoisonError::into_inner) = doubts;
+    }
+
+    /// Whether a disk's epoch goes on in this QEMU, and why not.
+    fn verdict(&self, log: &Log, bench: Bench<'_>, disk: &Disk, medium: &Medium) -> Result<(), String> {
+        match tracking::judge(log, bench, disk, medium, None) {
+            Ok(Proof::SameProcess) => Ok(()),
+            Ok(_) => Err(Doubt::NotCompared.to_string()),
+            Err(reason) if log.epoch().is_some_and(|e| e.qemu != self.inner.qemu) => {
+                Err(self.doubt(&disk.name).unwrap_or(reason))
+            }
+            Err(reason) => Err(reason),
+        }
+    }
+
     /// What is decided for each disk, changing nothing.
     async fn plans(&self, begin: &Begin, graph: &Graph) -> Result<Vec<(Plan, Option<String>)>, Failure> {
         let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
+        let mut media = self.media(graph).await;
+        let bench = Bench { names: self.names(), graph, qemu: &self.inner.qemu, run_state: &run_state };
         let mut plans = vec![];
         for disk in select::disks(&graph.disks, begin)? {
             let log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
-            let verdict = tracking::judge(&log, self.names(), graph, &disk, &self.inner.qemu, &run_state);
+            let medium = media.remove(&disk.name).unwrap_or_default();
+            let verdict = self.verdict(&log, bench, &disk, &medium);
             let reason = verdict.clone().err();
             let wish = Wish {
                 since: begin.since.get(&disk.name).copied(),
                 full_reason: begin.full_reason.as_deref(),
                 checkpoint: begin.checkpoint,
             };
-            plans.push((tracking::plan(disk, log, verdict, &wish), reason));
+            let mut plan = tracking::plan(disk, log, verdict, &wish);
+            plan.medium = Some(medium);
+            plans.push((plan, reason));
         }
         if begin.incremental_only {
             for (plan, _) in &plans {

@@ -51,6 +51,7 @@ impl Vm {
                 self.clean_up().await;
                 // Who hears of it may ask again at once.
                 drop(guard);
+                self.count_session();
                 let _ = reply.send(Err(failure));
                 return;
             }
@@ -76,7 +77,21 @@ impl Vm {
         let last = self.run(fleece, ready, &events, ack_queue, prepare_us).await;
         // The VM is free; a client that takes its time with the last word keeps nobody waiting.
         drop(guard);
+        self.count_session();
         let _ = events.send(last).await;
+    }
+
+    fn count_session(&self) {
+        self.inner.sessions.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    /// Resolves when the session must end for the machine's sake.
+    async fn told_to_give_up(&self) -> Failure {
+        let mut receiver = self.inner.give_up.subscribe();
+        match receiver.wait_for(Option::is_some).await.map(|why| *why) {
+            Ok(Some(why)) => Failure::new(FailureCode::Qemu, why),
+            _ => std::future::pending().await,
+        }
     }
 
     async fn open(&self, begin: &Begin) -> Result<Opened, Failure> {
@@ -92,6 +107,7 @@ impl Vm {
         let scratch = ScratchDir::open(&scratch_dir, options.scratch_budget_bytes)?;
         // A session whose clean-up failed may have left something.
         self.clean_up_now().await?;
+        self.carry_over().await?;
         let graph = self.graph().await?;
         if !graph.foreign.is_empty() {
             return Err(Failure::new(
@@ -209,6 +225,7 @@ impl Vm {
                 sent = sending => sent,
                 broken = self.watch(&fleece, &mut peak) => Err(broken),
                 () = events.closed() => Err(transfer::left()),
+                why = self.told_to_give_up() => Err(why),
                 () = transfer::discard_acknowledged(&disks, &mut acks) => Err(transfer::left()),
             }
         };

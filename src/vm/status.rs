@@ -2,7 +2,11 @@
 
 use std::sync::PoisonError;
 
+use jiff::Timestamp;
+
+use super::tracking::Bench;
 use super::{Vm, internal, qemu_failed, tracking, undo};
+use crate::checkpoint::Medium;
 use crate::machine::Verdict;
 use crate::monitor;
 use crate::units::human_bytes;
@@ -22,17 +26,27 @@ impl Vm {
             return self.vm_status(state, disks, false);
         };
         let mut disks = vec![];
-        for found in graph.iter().flat_map(|g| &g.disks).filter(|d| d.verdict == Verdict::Protectable) {
+        let Some(graph) = graph else { return self.vm_status(state, disks, true) };
+        let media = self.media(&graph).await;
+        let (names, nothing) = (self.names(), Medium::default());
+        let bench = Bench { names, graph: &graph, qemu: &self.inner.qemu, run_state: &state };
+        for found in graph.disks.iter().filter(|d| d.verdict == Verdict::Protectable) {
             let Ok(log) = tracking::open_log(&self.inner.place.disks, &found.disk.name) else { continue };
-            let epoch = log.epoch();
-            let live = epoch.and_then(|e| graph.as_ref()?.bitmap(&found.disk.node, &self.names().since(e.last)));
+            let medium = media.get(&found.disk.name).unwrap_or(&nothing);
+            let broken = log.epoch().and_then(|_| self.verdict(&log, bench, &found.disk, medium).err());
+            let epoch = log.epoch().filter(|_| broken.is_none());
+            let live = epoch.and_then(|e| graph.bitmap(&found.disk.node, &names.since(e.last)));
             disks.push(TrackingStatus {
                 disk: found.disk.name.clone(),
                 epoch: epoch.map(|e| e.id),
-                checkpoint_number: epoch.map(|e| e.number),
+                checkpoint_number: log.epoch().map(|e| e.number),
                 checkpoint_time: log.checkpoints().last().map(|h| h.time),
                 dirty_bytes: live.map(|b| b.count_bytes),
-                last_end: log.last_end().map(|e| format!("{:.0}: {}", e.time, e.reason)),
+                // An end that the next backup will write down is known already.
+                last_end: match broken {
+                    Some(reason) => Some(format!("{:.0}: {reason}", Timestamp::now())),
+                    None => log.last_end().map(|e| format!("{:.0}: {}", e.time, e.reason)),
+                },
             });
         }
         self.inner.tracking.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&disks);

@@ -15,16 +15,16 @@
 //!   merges the younger one into it;
 //! * died after the seal: QEMU has both, the head is C(n+1). The older one is removed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::evidence::{self, Recording, Seen};
+use super::evidence::{self, Proof, Recording, Seen};
 use super::graph::Graph;
 use super::names::Names;
 use super::{internal, qemu_failed};
-use crate::checkpoint::{Bitmap, EpochStart, Log, QemuInstance, Sealed};
+use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
 use crate::machine::Disk;
 use crate::monitor::{Monitor, MonitorError};
 use crate::repo::layout::directory_of_vm;
@@ -68,50 +68,79 @@ impl Track {
     }
 }
 
-/// The log of a disk.
-pub fn open_log(disks: &Path, disk: &str) -> Result<Log, Failure> {
-    let name = directory_of_vm(disk).map_err(internal)?;
-    Log::open(&disks.join(name)).map_err(internal)
+/// Directory of a disk's log.
+pub fn log_dir(disks: &Path, disk: &str) -> Result<PathBuf, Failure> {
+    Ok(disks.join(directory_of_vm(disk).map_err(internal)?))
 }
 
-/// Whether the log's epoch goes on, and why not.
+/// The log of a disk.
+pub fn open_log(disks: &Path, disk: &str) -> Result<Log, Failure> {
+    Log::open(&log_dir(disks, disk)?).map_err(internal)
+}
+
+/// State of the bitmap that records since the log's last checkpoint.
+pub fn recording(log: &Log, names: &Names, graph: &Graph, node: &str) -> Recording {
+    let Some(last) = log.last() else { return Recording::Missing };
+    let younger = || {
+        let ours = graph.bitmaps(node).iter().filter(|b| b.recording);
+        let mut ids = ours.filter_map(|b| names.checkpoint_of(b.name.as_deref()?));
+        ids.any(|id| id != last && !log.checkpoints().iter().any(|h| h.id == id))
+    };
+    match graph.bitmap(node, &names.since(last)) {
+        None => Recording::Missing,
+        Some(b) if b.inconsistent => Recording::Inconsistent,
+        Some(b) if b.recording && b.persistent => Recording::Stored,
+        Some(b) if b.recording || younger() => Recording::Unbroken,
+        Some(_) => Recording::Stopped,
+    }
+}
+
+/// Whether the sentinel is there with its bit.
+pub fn has_sentinel(names: &Names, graph: &Graph, node: &str) -> bool {
+    graph.bitmap(node, &names.sentinel()).is_some_and(|b| !b.recording && !b.inconsistent && b.count_bytes > 0)
+}
+
+/// Where a disk is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Bench<'a> {
+    /// Our names.
+    pub names: &'a Names,
+    /// The machine's block graph.
+    pub graph: &'a Graph,
+    /// The QEMU process.
+    pub qemu: &'a QemuInstance,
+    /// Its run state.
+    pub run_state: &'a str,
+}
+
+/// Whether the log's epoch goes on, by which proof, and why not. `stamp` is how the medium compares with the epoch's
+/// stamp, looked at after its bitmap was added.
 pub fn judge(
     log: &Log,
-    names: &Names,
-    graph: &Graph,
+    bench: Bench<'_>,
     disk: &Disk,
-    qemu: &QemuInstance,
-    run_state: &str,
-) -> Result<(), String> {
+    medium: &Medium,
+    stamp: Option<&Result<(), String>>,
+) -> Result<Proof, String> {
+    let Bench { names, graph, qemu, run_state } = bench;
     let Some(epoch) = log.epoch() else {
         return Err(match log.last_end() {
             Some(end) => format!("tracking was interrupted: {}", end.reason),
             None => "the disk was not tracked before".into(),
         });
     };
-    let head = graph.bitmap(&disk.node, &names.since(epoch.last));
-    let younger = || {
-        let ours = graph.bitmaps(&disk.node).iter().filter(|b| b.recording);
-        let mut ids = ours.filter_map(|b| names.checkpoint_of(b.name.as_deref()?));
-        ids.any(|id| id != epoch.last && !log.checkpoints().iter().any(|h| h.id == id))
-    };
-    let bitmap = match head {
-        None => Recording::Missing,
-        Some(b) if b.inconsistent => Recording::Missing,
-        Some(b) if b.recording || younger() => Recording::Unbroken,
-        Some(_) => Recording::Stopped,
-    };
-    let sentinel = graph.bitmap(&disk.node, &names.sentinel()).is_some_and(|b| !b.recording && b.count_bytes > 0);
     let seen = Seen {
         qemu,
         run_state,
         node: &disk.node,
         size_bytes: disk.size_bytes,
         shared: disk.shared.as_deref(),
-        bitmap,
-        sentinel,
+        medium,
+        bitmap: recording(log, names, graph, &disk.node),
+        sentinel: has_sentinel(names, graph, &disk.node),
+        stamp,
     };
-    evidence::decide(epoch, &seen)
+    evidence::decide(epoch, &seen).map_err(|doubt| doubt.to_string())
 }
 
 /// Brings QEMU's bitmaps of a disk to what the log says: `since-HEAD` and the sentinel, nothing else of ours. Without a
@@ -189,6 +218,8 @@ pub struct Plan {
     pub sealed: Option<Bitmap>,
     /// What happens to the log.
     pub track: Track,
+    /// What the disk is made of, for the log of a new epoch.
+    pub medium: Option<Medium>,
 }
 
 /// What the client asks for one disk.
@@ -225,7 +256,7 @@ pub fn plan(disk: Disk, log: Log, verdict: Result<(), String>, wish: &Wish<'_>) 
         (Some(head), Ok(())) => Track::Continue { head, next },
         _ => Track::Begin { next },
     };
-    Plan { disk, log, taken, sealed, track }
+    Plan { disk, log, taken, sealed, track, medium: None }
 }
 
 /// Makes the log follow what was done at the instant: seals, or begins an epoch. Blocks on files.
@@ -251,6 +282,7 @@ pub fn settle(
                 size_bytes: plan.disk.size_bytes,
                 qemu: qemu.clone(),
                 node: plan.disk.node.clone(),
+                medium: plan.medium.clone(),
             };
             plan.log.begin_epoch(start, reason).map_err(internal)?;
         }

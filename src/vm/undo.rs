@@ -3,6 +3,7 @@
 //! | what we add | how it is found again | its inverse |
 //! |---|---|---|
 //! | `stop` | debt file `owed-cont`, and the guardian | `cont` |
+//! | `set-action shutdown=pause` | debt file `owed-quit`, and a guardian | [`let_power_off`] |
 //! | frozen file systems | debt file `owed-thaw`, with the agent's address, and a guardian | thaw, see [`quiet`](super::quiet) |
 //! | NBD server | debt file `owed-nbd` | `nbd-server-stop` |
 //! | named scratch file | debt file `owed-scratch-N`, with its path | remove it |
@@ -41,6 +42,8 @@ pub enum Debt {
     Nbd,
     /// The guest's file systems are frozen by us.
     Thaw,
+    /// QEMU stays when the guest powers off, because we told it to.
+    Quit,
 }
 
 impl Debt {
@@ -50,6 +53,7 @@ impl Debt {
             Debt::Cont => "cont",
             Debt::Nbd => "nbd",
             Debt::Thaw => "thaw",
+            Debt::Quit => "quit",
         }
     }
 }
@@ -121,6 +125,20 @@ pub async fn resume(monitor: &Monitor, debts: &Debts) -> Result<bool, MonitorErr
     }
     debts.paid(Debt::Cont);
     Ok(paused)
+}
+
+/// Lets QEMU end by itself again when the guest powers off; if the guest has done so already, ends it. Says whether it
+/// did.
+pub async fn let_power_off(monitor: &Monitor) -> Result<bool, MonitorError> {
+    monitor.raw("set-action", json!({"shutdown": "poweroff"})).await?;
+    if monitor.raw("query-status", json!({})).await?["status"] != "shutdown" {
+        return Ok(false);
+    }
+    match monitor.raw("quit", json!({})).await {
+        // It may be gone before its answer is.
+        Ok(_) | Err(MonitorError::Closed { .. }) => Ok(true),
+        Err(e) => Err(e),
+    }
 }
 
 /// [`resume`] until it is done or the monitor is gone: a `stop` that flushes for long makes commands run out of time, and

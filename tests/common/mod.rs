@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 pub mod guest;
+pub mod side;
+pub mod tiny;
 
 /// A QEMU version to test with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,6 +229,24 @@ impl Qemu {
     pub fn quit(&mut self) {
         let _ = self.monitor.send("quit", json!({}));
         self.child.wait().unwrap();
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits until the process has ended.
+    pub fn wait_for_exit(&mut self) -> std::process::ExitStatus {
+        wait_until("QEMU to end", || self.child.try_wait().unwrap().is_some());
+        self.child.wait().unwrap()
+    }
+
+    /// Ends it if it has not ended, and gives its directory back for another start.
+    pub fn into_dir(mut self) -> tempfile::TempDir {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
     }
 }
 

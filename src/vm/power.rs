@@ -1,0 +1,490 @@
+//! Power-off: taking the last bitmaps from a QEMU whose guest has powered off, so that tracking goes on when the virtual
+//! machine is started again.
+//!
+//! ```text
+//!  hold:  guardian owes `quit` ─► set-action shutdown=pause
+//!         │ the guest powers off: QEMU stops in state `shutdown`
+//!         ▼
+//!  take:  a running backup ends ─► next bitmaps ─► old ones read and sealed ─► files held ─► `quit`
+//!         │ QEMU exits
+//!         ▼
+//!  close: nobody resumed it meanwhile, the next bitmaps were empty ─► stamp ─► the log says "closed"
+//! ```
+//!
+//! * **QEMU ends in any case**: each step has a time limit, and `quit` follows whatever became of them. If we die, the
+//!   guardian owes it. A QEMU that was started to stay (`-no-shutdown`) is left to stay; its bitmaps are taken too.
+//! * **A reset is no end**: the state is looked at before `quit`, and a guest that runs again goes on being tracked.
+//! * **What cannot be taken is said**: after `quit` from elsewhere, a signal or a crash nothing can be read any more. The
+//!   epoch ends then and there, with that reason.
+//! * **A crash of ours** before the stamp is stored leaves an epoch that is not closed: the next QEMU begins a new one.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::{OwnedMutexGuard, broadcast};
+use tokio::time::timeout;
+
+use super::guardian::Guardian;
+use super::harvest::{self, Harvester};
+use super::medium::{self, HeldMedium, Subject};
+use super::tracking::{self, Bench};
+use super::undo::{self, Debt, Debts};
+use super::{Vm, carry, fleece, internal, qemu_failed};
+use crate::checkpoint::{Closed, Log, Sealed};
+use crate::monitor::{self, Event, Process};
+use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
+use crate::wire::message::{Failure, FailureCode};
+
+/// How long a backup that runs at power-off may go on.
+const BACKUP_WITHIN: Duration = Duration::from_secs(30);
+/// How long it may take to end when it is told to.
+const BACKUP_ENDS_WITHIN: Duration = Duration::from_secs(15);
+/// How long taking the last bitmaps may take, all disks together.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
+/// How long QEMU may take to exit after `quit`: it stores and flushes its images.
+const EXITS_WITHIN: Duration = Duration::from_secs(120);
+/// How long a QEMU whose monitor has closed may take to be gone.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
+/// Backups at power-off are told with these words.
+const BACKUP_TOO_LONG: &str = "the guest powered off, and the backup was not done 30 s later";
+
+/// What becomes of a QEMU whose guest powers off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PowerOff {
+    /// It ends by itself, as without us.
+    #[default]
+    Leave,
+    /// It is kept until its last bitmaps are taken, and then ended.
+    Harvest,
+}
+
+/// How a keeper parts from a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// The virtual machine runs on without us.
+    LetGo,
+    /// The virtual machine ends: the guest is stopped, its last bitmaps are taken, QEMU quits.
+    End,
+}
+
+/// The last bitmaps of a machine, taken.
+struct Taken {
+    disks: BTreeMap<PathBuf, TakenDisk>,
+    /// Keeps backups away while QEMU is being ended.
+    guard: Option<OwnedMutexGuard<()>>,
+}
+
+struct TakenDisk {
+    epoch: EpochId,
+    last: CheckpointId,
+    held: Result<HeldMedium, String>,
+}
+
+/// A disk on the way to be taken.
+struct Leaving {
+    index: usize,
+    dir: PathBuf,
+    node: String,
+    size_bytes: u64,
+    log: Log,
+    old: CheckpointId,
+    next: CheckpointId,
+    subject: Subject,
+}
+
+/// Whether QEMU was started to stay when the guest powers off: nobody can be asked, but its command line says.
+fn was_started_to_stay(command_line: &[String]) -> bool {
+    let mut stays = false;
+    let mut arguments = command_line.iter();
+    while let Some(argument) = arguments.next() {
+        let option = argument.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o));
+        match option {
+            Some("no-shutdown") => stays = true,
+            Some("action") => {
+                for part in arguments.next().map(|a| a.split(',')).into_iter().flatten() {
+                    match part {
+                        "shutdown=pause" => stays = true,
+                        "shutdown=poweroff" => stays = false,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    stays
+}
+
+/// Why nothing could be read, from QEMU's own event.
+fn words_for(cause: Option<&str>) -> String {
+    let how = match cause {
+        Some("host-qmp-quit") => "QEMU was ended by `quit` from another monitor",
+        Some("host-signal") => "QEMU was ended by a signal (SIGTERM, SIGINT or SIGHUP)",
+        Some("host-error") => "QEMU ended on an error of its own",
+        Some("guest-shutdown" | "guest-reset" | "guest-panic") => "the guest powered off, and QEMU ended at once",
+        Some(_) => "QEMU ended",
+        None => "QEMU was killed or crashed",
+    };
+    format!("{how}, so its last bitmap could not be read")
+}
+
+impl Vm {
+    /// Keeps the VM until QEMU has ended, or `parting` says to part from it. At a power-off it does what
+    /// [`VmOptions::power_off`](super::VmOptions) says. Must not be dropped half-way. Gives whether QEMU has ended.
+    pub async fn tend(&self, parting: impl Future<Output = Parting>) -> bool {
+        let mut events = self.monitor().subscribe();
+        let mut sessions = self.inner.sessions.subscribe();
+        let hold = self.hold().await.unwrap_or_else(|failure| {
+            tracing::error!(vm = self.inner.name, "QEMU will not wait for us at the guest's power-off: {failure}");
+            None
+        });
+        let (mut taken, mut why, mut cause) = (None, None, None);
+        let (mut end, mut quitting) = (false, false);
+        tokio::pin!(parting);
+        loop {
+            if taken.is_none() && (end || self.harvests() && self.is_off().await) {
+                drain(&mut events, &mut cause);
+                let (done, failed) = self.take(end).await;
+                (taken, why) = (Some(done), failed);
+                sessions.borrow_and_update();
+                crate::fault::point("power.taken");
+                if drain(&mut events, &mut cause) {
+                    taken = None;
+                    continue;
+                }
+                quitting = end || (hold.is_some() && self.is_off().await);
+                if quitting {
+                    let _ = self.monitor().raw_within(EXITS_WITHIN, "quit", json!({})).await;
+                    crate::fault::point("power.quit");
+                } else if let Some(taken) = &mut taken {
+                    taken.guard = None;
+                }
+            }
+            tokio::select! {
+                event = events.recv() => match event {
+                    Ok(event) => if resumes(&event, &mut cause) { taken = None },
+                    Err(broadcast::error::RecvError::Lagged(_)) => taken = None,
+                    Err(broadcast::error::RecvError::Closed) => break,
+                },
+                // A backup of a machine that is off took a checkpoint, or broke what was taken.
+                Ok(()) = sessions.changed(), if !quitting => taken = None,
+                how = &mut parting, if !end && !quitting => {
+                    if how == Parting::LetGo && (hold.is_none() || self.let_go().await) {
+                        if let Some(guardian) = hold {
+                            self.settle_hold(guardian).await;
+                        }
+                        return false;
+                    }
+                    end = true;
+                }
+            }
+        }
+        let words = match (why, quitting) {
+            (Some(why), _) => why,
+            (None, true) => "the virtual machine ran on after its last bitmaps were taken".to_owned(),
+            (None, false) => words_for(cause.as_deref()),
+        };
+        let gone = self.write_ends(taken, &words).await;
+        if let Some(guardian) = hold {
+            self.settle_hold(guardian).await;
+        }
+        gone
+    }
+
+    /// Pays the `quit` that a dead sidecar and its guardian left, unless this one takes it over.
+    pub(super) async fn pay_quit(&self) -> Result<(), Failure> {
+        let debts = Debts::new(&self.inner.place.sockets);
+        if self.harvests() || !debts.owed(Debt::Quit) {
+            return Ok(());
+        }
+        let ended = undo::let_power_off(self.monitor()).await.map_err(qemu_failed)?;
+        debts.paid(Debt::Quit);
+        match ended {
+            false => Ok(()),
+            true => Err(Failure::new(
+                FailureCode::Qemu,
+                "the guest had powered off, and QEMU waited for a livebackup that was killed; it was ended now",
+            )),
+        }
+    }
+
+    fn harvests(&self) -> bool {
+        self.inner.options.power_off == PowerOff::Harvest
+    }
+
+    async fn is_off(&self) -> bool {
+        monitor::run_state(self.monitor()).await.is_ok_and(|state| state == "shutdown")
+    }
+
+    /// Makes QEMU stay at power-off, if it would not anyhow. The debt comes first.
+    async fn hold(&self) -> Result<Option<Guardian>, Failure> {
+        let debts = Debts::new(&self.inner.place.sockets);
+        if !self.harvests() {
+            return Ok(None);
+        }
+        // Off already and not by our doing, or started so: somebody else wants it to stay.
+        let stays = was_started_to_stay(&self.inner.machine.command_line) || self.is_off().await;
+        if stays && !debts.owed(Debt::Quit) {
+            return Ok(None);
+        }
+        let failed = |e: std::io::Error| internal(format!("cannot start the guardian: {e}"));
+        let mut guardian = Guardian::spawn(self.monitor().address()).map_err(failed)?;
+        debts.owe_with(Debt::Quit, &guardian.token()).map_err(internal)?;
+        guardian.owe(Debt::Quit, &debts.path(Debt::Quit)).map_err(failed)?;
+        self.monitor().raw("set-action", json!({"shutdown": "pause"})).await.map_err(qemu_failed)?;
+        crate::fault::point("power.held");
+        Ok(Some(guardian))
+    }
+
+    /// Takes [`Vm::hold`] back. False when the guest has powered off at this very moment: QEMU is still there then.
+    async fn let_go(&self) -> bool {
+        let told = self.monitor().raw("set-action", json!({"shutdown": "poweroff"})).await;
+        if let Err(error) = &told {
+            tracing::warn!(vm = self.inner.name, "QEMU was not told to end by itself at power-off: {error}");
+        }
+        told.is_err() || !self.is_off().await
+    }
+
+    /// The debt of [`Vm::hold`] is paid.
+    async fn settle_hold(&self, guardian: Guardian) {
+        Debts::new(&self.inner.place.sockets).paid(Debt::Quit);
+        let _ = tokio::task::spawn_blocking(move || guardian.paid()).await;
+    }
+
+    /// Takes the last bitmaps, within bounds. Gives why, if none could be.
+    async fn take(&self, stop: bool) -> (Taken, Option<String>) {
+        let mut taken = Taken { disks: BTreeMap::new(), guard: None };
+        let session = self.inner.session.clone();
+        taken.guard = match timeout(BACKUP_WITHIN, session.clone().lock_owned()).await {
+            Ok(guard) => Some(guard),
+            Err(_) => {
+                self.inner.give_up.send_replace(Some(BACKUP_TOO_LONG));
+                timeout(BACKUP_ENDS_WITHIN, session.lock_owned()).await.ok()
+            }
+        };
+        self.inner.give_up.send_replace(None);
+        if taken.guard.is_none() {
+            return (taken, Some("the backup that ran at power-off did not end".to_owned()));
+        }
+        let why = match timeout(TAKEN_WITHIN, self.take_disks(stop, &mut taken)).await {
+            Ok(Ok(())) => None,
+            Ok(Err(failure)) => Some(failure.message),
+            Err(_) => Some(format!("QEMU did not give its last bitmaps within {} s", TAKEN_WITHIN.as_secs())),
+        };
+        if let Some(why) = &why {
+            tracing::error!(vm = self.inner.name, "the last bitmaps could not be taken: {why}");
+        }
+        let _ = timeout(TAKEN_WITHIN, self.clean_up_now()).await;
+        (taken, why)
+    }
+
+    async fn take_disks(&self, stop: bool, taken: &mut Taken) -> Result<(), Failure> {
+        let monitor = self.monitor();
+        let state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
+        if stop && state == "running" {
+            monitor.raw("stop", json!({})).await.map_err(qemu_failed)?;
+        }
+        self.clean_up_now().await?;
+        let mut leaving = self.leaving().await?;
+        // Between the two bitmaps nothing is lost, and nothing is written: the guest stands still.
+        let actions = leaving.iter().map(|d| {
+            let name = self.names().since(d.next);
+            json!({"type": "block-dirty-bitmap-add", "data": {"node": d.node, "name": name, "granularity": GRANULE_BYTES}})
+        });
+        let disable = leaving.iter().map(|d| {
+            let name = self.names().since(d.old);
+            json!({"type": "block-dirty-bitmap-disable", "data": {"node": d.node, "name": name}})
+        });
+        let actions: Vec<_> = actions.chain(disable).collect();
+        if !actions.is_empty() {
+            monitor.raw("transaction", json!({"actions": actions})).await.map_err(qemu_failed)?;
+        }
+        crate::fault::point("power.next");
+        let mut harvester = Harvester::new(monitor.clone(), &self.inner.place.sockets);
+        for disk in &mut leaving {
+            self.take_disk(disk, &mut harvester).await?;
+        }
+        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await.map_err(qemu_failed)?;
+        for mut disk in leaving {
+            let name = self.names().since(disk.next);
+            if fleece::count(&nodes, &disk.node, &name) != Some(0) {
+                disk.log.end_epoch("something wrote to the disk after the guest had powered off").map_err(internal)?;
+                continue;
+            }
+            let Some(epoch) = disk.log.epoch() else { continue };
+            let (pid, subject) = (self.inner.qemu.pid, disk.subject);
+            let held = carry::on_files(move || medium::hold(pid, &subject)).await.and_then(|held| held);
+            taken.disks.insert(disk.dir, TakenDisk { epoch: epoch.id, last: disk.next, held });
+        }
+        Ok(())
+    }
+
+    /// The disks whose epoch goes on in this QEMU.
+    async fn leaving(&self) -> Result<Vec<Leaving>, Failure> {
+        let (monitor, names) = (self.monitor(), self.names());
+        let graph = self.graph().await?;
+        let run_state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
+        let mut others = graph.foreign.clone();
+        let exports = monitor.raw("query-block-exports", json!({})).await.map_err(qemu_failed)?;
+        others.extend(exports.as_array().into_iter().flatten().map(|e| format!("export {} is open", e["id"])));
+        if !others.is_empty() {
+            let words =
+                format!("something else was at work on the disks when the guest powered off: {}", others.join("; "));
+            return Err(Failure::new(FailureCode::Busy, words));
+        }
+        let media = self.media(&graph).await;
+        let bench = Bench { names, graph: &graph, qemu: &self.inner.qemu, run_state: &run_state };
+        let mut found = vec![];
+        for (index, disk) in carry::trackable(&graph).enumerate() {
+            let dir = tracking::log_dir(&self.inner.place.disks, &disk.name)?;
+            let mut log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
+            let (Some(old), Some(medium)) = (log.last(), media.get(&disk.name)) else { continue };
+            if log.epoch().is_none_or(|e| e.qemu != self.inner.qemu) {
+                continue;
+            }
+            if let Err(reason) = tracking::judge(&log, bench, disk, medium, None) {
+                log.end_epoch(&reason).map_err(internal)?;
+                continue;
+            }
+            tracking::recover(monitor, names, &graph, &disk.node, &log).await.map_err(qemu_failed)?;
+            found.push(Leaving {
+                index,
+                dir,
+                node: disk.node.clone(),
+                size_bytes: disk.size_bytes,
+                log,
+                old,
+                next: CheckpointId::random(),
+                subject: Subject::of(&graph, disk),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Reads a disk's old bitmap, seals it, and removes it from QEMU.
+    async fn take_disk(&self, disk: &mut Leaving, harvester: &mut Harvester) -> Result<(), Failure> {
+        let (monitor, names) = (self.monitor(), self.names());
+        let (helper, old) = (names.helper(disk.index), names.since(disk.old));
+        harvest::add_helper_node(monitor, &helper, disk.size_bytes).await.map_err(qemu_failed)?;
+        tracking::add_bitmap(monitor, &helper, "old", GRANULE_BYTES, true).await.map_err(qemu_failed)?;
+        tracking::merge(monitor, (&helper, "old"), &[(&disk.node, &old)]).await.map_err(qemu_failed)?;
+        let bitmap = harvester.read(&helper, "old", disk.size_bytes).await?;
+        let (id, prev, number, time) = (disk.next, Some(disk.old), disk.log.next_number(), Timestamp::now());
+        let log = &mut disk.log;
+        tokio::task::block_in_place(|| log.seal(Sealed { id, prev, number, time, bitmap: &bitmap }))
+            .map_err(internal)?;
+        crate::fault::point("power.sealed");
+        tracking::remove_bitmap(monitor, &disk.node, &old).await.map_err(qemu_failed)
+    }
+
+    /// After the monitor's end: waits for QEMU's exit, and writes down for every disk how its tracking ended. `why` is for
+    /// those whose last bitmap was not taken. Gives whether QEMU has ended.
+    async fn write_ends(&self, taken: Option<Taken>, why: &str) -> bool {
+        let (disks, _guard) = match taken {
+            Some(taken) => (taken.disks, taken.guard),
+            None => (BTreeMap::new(), None),
+        };
+        let limit = if disks.is_empty() { GONE_WITHIN } else { EXITS_WITHIN };
+        let qemu = &self.inner.qemu;
+        let process = Process { pid: qemu.pid, start_time: qemu.start_time, boot_id: qemu.boot_id.clone() };
+        if timeout(limit, process.ended()).await.is_err() {
+            tracing::warn!(vm = self.inner.name, "the monitor is closed, but QEMU runs on");
+            return false;
+        }
+        let _guard = match _guard {
+            Some(guard) => Some(guard),
+            // A session of this QEMU notices its end by itself.
+            None => timeout(BACKUP_ENDS_WITHIN, self.inner.session.clone().lock_owned()).await.ok(),
+        };
+        if _guard.is_none() {
+            return true;
+        }
+        crate::fault::point("power.ended");
+        let (logs, qemu, why) = (self.inner.place.disks.clone(), qemu.clone(), why.to_owned());
+        let (name, keeps) = (self.inner.name.clone(), self.inner.options.persistent);
+        let closing = move || {
+            for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+                let result = close_log(&entry.path(), &qemu, disks.get(&entry.path()), &why, keeps);
+                if let Err(error) = result {
+                    tracing::error!(vm = name, "the end of tracking could not be written down: {error}");
+                }
+            }
+        };
+        let _ = tokio::task::spawn_blocking(closing).await;
+        true
+    }
+}
+
+/// Writes down how the tracking of one disk ended. `keeps`: the image may hold our bitmap, which decides then.
+fn close_log(
+    dir: &std::path::Path,
+    qemu: &crate::checkpoint::QemuInstance,
+    taken: Option<&TakenDisk>,
+    why: &str,
+    keeps: bool,
+) -> Result<(), crate::checkpoint::LogError> {
+    let mut log = Log::open(dir)?;
+    let Some(epoch) = log.epoch().filter(|e| e.qemu == *qemu && e.closed.is_none()) else { return Ok(()) };
+    match taken.filter(|t| t.epoch == epoch.id && t.last == epoch.last) {
+        Some(taken) => {
+            let stamp = taken.held.as_ref().map_err(Clone::clone).and_then(HeldMedium::stamp);
+            let (stamp, no_stamp) = match stamp {
+                Ok(stamp) => (Some(stamp), None),
+                Err(why) => (None, Some(why)),
+            };
+            log.close_epoch(Closed { time: Timestamp::now(), stamp, no_stamp })
+        }
+        None if keeps => Ok(()),
+        None => log.end_epoch(why),
+    }
+}
+
+/// Notes why QEMU ends; says whether the guest may run again.
+fn resumes(event: &Event, cause: &mut Option<String>) -> bool {
+    match event.name.as_str() {
+        "SHUTDOWN" => {
+            *cause = event.data["reason"].as_str().map(str::to_owned);
+            false
+        }
+        "RESUME" => true,
+        _ => false,
+    }
+}
+
+/// Takes the events that are there; says whether the guest may run again.
+fn drain(events: &mut broadcast::Receiver<Event>, cause: &mut Option<String>) -> bool {
+    let mut resumed = false;
+    loop {
+        match events.try_recv() {
+            Ok(event) => resumed |= resumes(&event, cause),
+            Err(broadcast::error::TryRecvError::Lagged(_)) => resumed = true,
+            Err(_) => return resumed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_says_whether_qemu_stays() {
+        for (line, stays) in [
+            ("qemu -m 64", false),
+            ("qemu -no-shutdown", true),
+            ("qemu --no-shutdown", true),
+            ("qemu -action shutdown=pause", true),
+            ("qemu -action reboot=shutdown,shutdown=pause", true),
+            ("qemu -no-shutdown -action shutdown=poweroff", false),
+            ("qemu -append no-shutdown", false),
+            ("qemu -action", false),
+        ] {
+            let line: Vec<_> = line.split(' ').map(str::to_owned).collect();
+            assert_eq!(was_started_to_stay(&line), stays, "{line:?}");
+        }
+    }
+}
