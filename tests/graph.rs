@@ -11,7 +11,7 @@ use std::process::Command;
 
 use livebackup::machine::{DiskKind, FoundDisk, Verdict};
 use livebackup::monitor::{Address, Monitor};
-use livebackup::vm::graph::{self, Answers, Graph, GraphError, Object};
+use livebackup::vm::graph::{self, Answers, Board, Graph, GraphError, Object};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -26,12 +26,18 @@ fn on_monitor<T>(qemu: &Qemu, work: impl AsyncFnOnce(Monitor) -> T) -> T {
     })
 }
 
+/// What is found by one who sees the machine for the first time, and likewise by one who has seen it before.
 fn discover(qemu: &Qemu) -> Graph {
-    on_monitor(qemu, async |monitor| graph::discover(&monitor, OURS).await.unwrap())
+    on_monitor(qemu, async |monitor| {
+        let mut board = Board::default();
+        let first = graph::discover(&monitor, OURS, &mut board).await.unwrap();
+        assert_eq!(graph::discover(&monitor, OURS, &mut board).await.unwrap(), first);
+        first
+    })
 }
 
 fn answers(qemu: &Qemu) -> Answers {
-    on_monitor(qemu, async |monitor| graph::ask(&monitor).await.unwrap())
+    on_monitor(qemu, async |monitor| graph::ask(&monitor, &mut Board::default()).await.unwrap())
 }
 
 fn raw(dir: &Path, name: &str, size_bytes: u64) {
@@ -375,6 +381,30 @@ fn queues_spread_over_iothreads() {
     for name in ["vd0", "sd0"] {
         assert!(disk(&graph, name).disk.iothread, "{name}");
         filter_in_and_out(&mut qemu, disk(&graph, name));
+    }
+}
+
+#[test]
+fn what_is_plugged_is_seen_by_one_who_knows_the_machine() {
+    for version in VERSIONS {
+        let mut qemu = Qemu::start_with(version, &["-device", "virtio-scsi-pci,id=bus9"], |_| {});
+        let mut board = Board::default();
+        let mut look = |qemu: &Qemu| {
+            let found = on_monitor(qemu, async |m| graph::discover(&m, OURS, &mut board).await.unwrap());
+            assert_eq!(discover(qemu), found);
+            found.disks.iter().map(|d| d.disk.name.clone()).collect::<Vec<_>>()
+        };
+        let before = look(&qemu);
+        qemu.qmp(
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "new", "size": 1 << 20, "read-zeroes": true}),
+        );
+        qemu.qmp("device_add", json!({"driver": "scsi-hd", "id": "plugged", "bus": "bus9.0", "drive": "new"}));
+        let after = look(&qemu);
+        assert!(after.iter().any(|name| name == "plugged") && !before.iter().any(|name| name == "plugged"));
+        qemu.qmp("device_del", json!({"id": "plugged"}));
+        wait_until("the disk to go", || !look(&qemu).iter().any(|name| name == "plugged"));
+        assert_eq!(look(&qemu), before);
     }
 }
 

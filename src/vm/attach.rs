@@ -81,6 +81,7 @@ impl Vm {
             options,
             place,
             session: Arc::new(Mutex::new(())),
+            board: Mutex::default(),
             progress: StdMutex::new(None),
             tracking: StdMutex::default(),
             doubts: StdMutex::default(),

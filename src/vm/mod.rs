@@ -135,6 +135,7 @@ struct Inner {
     options: VmOptions,
     place: Place,
     session: Arc<Mutex<()>>,
+    board: Mutex<graph::Board>,
     progress: StdMutex<Option<SessionStatus>>,
     /// What the last status said of the disks.
     tracking: StdMutex<Vec<TrackingStatus>>,
@@ -172,7 +173,8 @@ impl Vm {
     }
 
     async fn graph(&self) -> Result<Graph, Failure> {
-        graph::discover(self.monitor(), self.names().prefix())
+        let mut board = self.inner.board.lock().await;
+        graph::discover(self.monitor(), self.names().prefix(), &mut board)
             .await
             .map_err(|e| Failure::new(FailureCode::Qemu, e.to_string()))
     }

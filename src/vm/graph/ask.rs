@@ -20,20 +20,57 @@ const TRIES: usize = 4;
 /// How long the files of the disks may take to tell who they are (a dead network file system never does).
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(3);
 
-/// Finds a machine's disks and block graph. `owner_prefix` is `livebackup-<owner8>-`.
-pub async fn discover(monitor: &Monitor, owner_prefix: &str) -> Result<Graph, GraphError> {
+/// The parts of a machine that were there from its start, as they were found. Nothing can be plugged into them that does
+/// not show in the list of their own children, so that later walks need not go down again: a walk is most of what
+/// finding the disks costs QEMU.
+#[derive(Debug, Default)]
+pub struct Board {
+    parts: BTreeMap<String, Part>,
+}
+
+/// A child of `/machine`.
+#[derive(Debug)]
+struct Part {
+    children: Vec<(String, String)>,
+    below: Vec<Object>,
+}
+
+/// Whether devices are plugged here while the machine runs.
+fn is_pluggable(path: &str) -> bool {
+    path.starts_with("/machine/peripheral")
+}
+
+impl Board {
+    /// What is below a part, if its children are the known ones.
+    fn known(&self, path: &str, children: &[(String, String)]) -> Option<&[Object]> {
+        self.parts.get(path).filter(|part| part.children == children).map(|part| &part.below[..])
+    }
+
+    fn learn(&mut self, path: String, children: Vec<(String, String)>, all: &[Object]) {
+        let prefix = format!("{path}/");
+        let below = all.iter().filter(|o| o.path.starts_with(&prefix)).cloned().collect();
+        self.parts.insert(path, Part { children, below });
+    }
+}
+
+/// Finds a machine's disks and block graph. `owner_prefix` is `livebackup-<owner8>-`; `board` remembers what cannot change
+/// from one call to the next of the same QEMU.
+pub async fn discover(monitor: &Monitor, owner_prefix: &str, board: &mut Board) -> Result<Graph, GraphError> {
     let mut tried = 1;
     loop {
-        match Graph::read(&ask(monitor).await?, owner_prefix) {
-            Err(GraphError::Changed(_)) if tried < TRIES => tried += 1,
+        match Graph::read(&ask(monitor, board).await?, owner_prefix) {
+            Err(GraphError::Changed(_)) if tried < TRIES => {
+                tried += 1;
+                *board = Board::default();
+            }
             done => return done,
         }
     }
 }
 
 /// Asks everything that [`Graph::read`] needs, once.
-pub async fn ask(monitor: &Monitor) -> Result<Answers, GraphError> {
-    let mut answers = Answers { objects: walk(monitor).await?, ..Answers::default() };
+pub async fn ask(monitor: &Monitor, board: &mut Board) -> Result<Answers, GraphError> {
+    let mut answers = Answers { objects: walk(monitor, board).await?, ..Answers::default() };
     answers.graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
     answers.nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
     answers.block = monitor.raw("query-block", json!({})).await?;
@@ -67,8 +104,8 @@ async fn unless_gone(monitor: &Monitor, command: &str, arguments: Value) -> Resu
 
 /// All devices and buses of the QOM tree, sorted by path. A whole level is asked for at once: answering takes QEMU a few
 /// microseconds an object, and a walk one by one would cost a turn of its main loop each.
-async fn walk(monitor: &Monitor) -> Result<Vec<Object>, GraphError> {
-    let mut found = vec![];
+async fn walk(monitor: &Monitor, board: &mut Board) -> Result<Vec<Object>, GraphError> {
+    let (mut found, mut new) = (vec![], vec![]);
     let mut level = vec![("/machine".to_owned(), String::new())];
     for depth in 0.. {
         if level.is_empty() {
@@ -80,6 +117,14 @@ async fn walk(monitor: &Monitor) -> Result<Vec<Object>, GraphError> {
         let asked = try_join_all(level.into_iter().map(|(path, kind)| object(monitor, path, kind))).await?;
         level = vec![];
         for (object, children) in asked.into_iter().flatten() {
+            if depth == 1 && !is_pluggable(&object.path) {
+                if let Some(below) = board.known(&object.path, &children) {
+                    found.extend(below.iter().cloned());
+                    found.push(object);
+                    continue;
+                }
+                new.push((object.path.clone(), children.clone()));
+            }
             level.extend(children);
             if depth > 0 {
                 found.push(object);
@@ -88,6 +133,9 @@ async fn walk(monitor: &Monitor) -> Result<Vec<Object>, GraphError> {
                 return Err(GraphError::TooLarge { at: "QOM tree".into(), limit: MAX_OBJECTS as u64 });
             }
         }
+    }
+    for (path, children) in new {
+        board.learn(path, children, &found);
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)

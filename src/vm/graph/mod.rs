@@ -37,7 +37,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use ask::{ask, discover};
+pub use ask::{Board, ask, discover};
 pub use nodes::{Bitmap, Edge, Node, Vertex};
 
 use crate::machine::FoundDisk;
