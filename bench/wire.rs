@@ -133,7 +133,7 @@ fn sidecar(len: usize) -> Session {
         }
         let _ = tokio::time::timeout(Duration::from_secs(60), async { while acked.recv().await.is_some() {} }).await;
     });
-    Session { begun: begun(), events, acks }
+    Session { begun: begun(), events, acks, digests: None }
 }
 
 fn begun() -> Begun {
@@ -151,7 +151,8 @@ fn begun() -> Begun {
         shared: None,
     };
     let taken = Taken::Full { reason: "first".into() };
-    let disks = vec![BegunDisk { disk, checkpoint: None, epoch: None, taken, needed_bytes: TOTAL_BYTES }];
+    let disks =
+        vec![BegunDisk { disk, checkpoint: None, epoch: None, taken, needed_bytes: TOTAL_BYTES, audited_chunks: 0 }];
     Begun {
         machine: Machine::default(),
         instant: jiff::Timestamp::now(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use livebackup::extent::Extent;
 use livebackup::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
+use livebackup::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use livebackup::wire::frame::{Encoded, FrameError, MAX_REQUEST_BYTES, Place};
 use livebackup::wire::link::LinkError;
 use livebackup::wire::reader::{Frame, FrameReader};
@@ -66,6 +67,16 @@ fn frames_are_these_bytes() {
     assert_eq!(zero[..8], [24, 0, 0, 0, 3, 0, 0, 0]);
     assert_eq!(zero[12..], *b"\x07\x00\0\0\0\0\0\0\x00\x00\x01\0\0\0\0\0\x00\x00\x02\0\0\0\0\0");
 
+    let same = bytes_of(&Encoded::same(7, Extent::new(0x10000, 0x20000)).unwrap());
+    assert_eq!((&same[..8], &same[12..]), (&[24, 0, 0, 0, 6, 0, 0, 0][..], &zero[12..]));
+
+    let known = vec![ChunkDigest::ZERO, ChunkDigest::UNKNOWN, ChunkDigest::from_bytes([7; 32])];
+    let digests =
+        bytes_of(&Encoded::digests(&Digests { disk: 0x0102, first_chunk: 0x030405, digests: known }).unwrap());
+    assert_eq!(digests[..8], [112, 0, 0, 0, 5, 0, 0, 0]);
+    assert_eq!(digests[12..28], *b"\x02\x01\0\0\x03\0\0\0\x05\x04\x03\0\0\0\0\0");
+    assert_eq!(digests[28..], [[0; 32], [0xff; 32], [7; 32]].concat());
+
     assert_eq!(bytes_of(&Encoded::alive())[..8], [0, 0, 0, 0, 4, 0, 0, 0]);
     let control = bytes_of(&Encoded::control(&"x", 10).unwrap());
     assert_eq!((&control[..8], &control[12..]), (&[3, 0, 0, 0, 1, 0, 0, 0][..], &b"\"x\""[..]));
@@ -74,6 +85,10 @@ fn frames_are_these_bytes() {
 #[test]
 fn what_may_not_be_sent_is_not_encoded() {
     let whole = Bytes::from(vec![0; MAX_READ_BYTES as usize + 1]);
+    let digests = |first_chunk, count| Digests { disk: 0, first_chunk, digests: vec![ChunkDigest::ZERO; count] };
+    assert!(Encoded::digests(&digests(1 << 40, MAX_DIGESTS)).is_ok());
+    assert!(matches!(Encoded::digests(&digests(0, MAX_DIGESTS + 1)), Err(FrameError::Digests { .. })));
+    assert!(matches!(Encoded::digests(&digests((1 << 40) + 1, 0)), Err(FrameError::Digests { .. })));
     assert!(Encoded::data(0, 0, whole.slice(1..)).is_ok());
     assert!(matches!(Encoded::data(0, 0, whole), Err(FrameError::Length { .. })));
     assert!(matches!(Encoded::data(0, 0, Bytes::new()), Err(FrameError::Extent { .. })));
@@ -114,6 +129,14 @@ fn a_bad_frame_is_an_error_of_its_kind() {
     assert_eq!(with(&zero, 19, &[1]), FrameError::Reserved);
     assert!(matches!(with(&zero, 28, &0u64.to_le_bytes()), FrameError::Extent { .. }));
     assert!(matches!(with(&zero, 28, &u64::MAX.to_le_bytes()), FrameError::Extent { .. }));
+    let some = Digests { disk: 1, first_chunk: 5, digests: vec![ChunkDigest::ZERO; 2] };
+    let none = Digests { digests: vec![], ..some.clone() };
+    let [some, none] = [some, none].map(|digests| bytes_of(&Encoded::digests(&digests).unwrap()));
+    assert_eq!(with(&some, 14, &[1]), FrameError::Reserved);
+    assert!(matches!(with(&some, 16, &3u32.to_le_bytes()), FrameError::Length { .. }));
+    assert!(matches!(with(&none, 16, &1u32.to_le_bytes()), FrameError::Length { .. }));
+    assert!(matches!(with(&none, 16, &u32::MAX.to_le_bytes()), FrameError::Digests { .. }));
+    assert!(matches!(with(&some, 20, &u64::MAX.to_le_bytes()), FrameError::Digests { .. }));
     let mut control = bytes_of(&Encoded::control(&"x", 10).unwrap());
     control[..4].copy_from_slice(&(MAX_REQUEST_BYTES + 1).to_le_bytes());
     assert!(matches!(run(read_all(&control, &[9])).1, Some(LinkError::Frame { .. })), "refused by its length alone");
@@ -125,6 +148,8 @@ fn a_turned_bit_or_a_cut_is_noticed_wherever_it_is() {
         Encoded::control(&"message", 100).unwrap(),
         Encoded::data(1, 65536, Bytes::from_static(b"some bytes of a disk")).unwrap(),
         Encoded::zero(2, Extent::new(0, 1 << 30)).unwrap(),
+        Encoded::same(2, Extent::new(0, 1 << 30)).unwrap(),
+        Encoded::digests(&Digests { disk: 2, first_chunk: 9, digests: vec![ChunkDigest::UNKNOWN; 2] }).unwrap(),
         Encoded::alive(),
     ];
     for good in frames.iter().map(bytes_of) {
@@ -155,6 +180,12 @@ fn a_frame() -> impl Strategy<Value = Frame> {
         ),
         (any::<u16>(), 0..MAX_DISK_BYTES / 2, 1..MAX_DISK_BYTES / 2)
             .prop_map(|(disk, offset, len)| Frame::Zero(Place { disk, extent: Extent::new(offset, len) })),
+        (any::<u16>(), 0..MAX_DISK_BYTES / 2, 1..MAX_DISK_BYTES / 2)
+            .prop_map(|(disk, offset, len)| Frame::Same(Place { disk, extent: Extent::new(offset, len) })),
+        (any::<u16>(), 0u64..1 << 40, 0usize..300, any::<u8>()).prop_map(|(disk, first_chunk, count, fill)| {
+            let digests = (0..count).map(|i| ChunkDigest::from_bytes([fill ^ i as u8; 32])).collect();
+            Frame::Digests(Digests { disk, first_chunk, digests })
+        }),
         Just(Frame::Alive),
     ]
 }
@@ -167,6 +198,8 @@ fn encode(frame: &Frame) -> Encoded {
         }
         Frame::Data(place, bytes) => Encoded::data(place.disk, place.extent.offset_bytes, bytes.clone()).unwrap(),
         Frame::Zero(place) => Encoded::zero(place.disk, place.extent).unwrap(),
+        Frame::Same(place) => Encoded::same(place.disk, place.extent).unwrap(),
+        Frame::Digests(digests) => Encoded::digests(digests).unwrap(),
         Frame::Alive => Encoded::alive(),
     }
 }
@@ -254,6 +287,9 @@ fn noise_never_panics() {
                 ));
                 bytes.extend(bytes_of(&Encoded::zero(0, Extent::new(next(), 1 + next())).unwrap()));
                 bytes.extend(bytes_of(&Encoded::control(&next(), 100).unwrap()));
+                let digests = vec![ChunkDigest::from_bytes([next() as u8; 32]); next() as usize % 4];
+                let digests = Digests { disk: next() as u16, first_chunk: next(), digests };
+                bytes.extend(bytes_of(&Encoded::digests(&digests).unwrap()));
             }
             let whole = bytes.len();
             bytes.extend((0..next() % 60).map(|_| next() as u8));
@@ -262,7 +298,7 @@ fn noise_never_panics() {
                 bytes[at] = next() as u8;
             }
             let (frames, error) = read_all(&bytes, &[1 + next() as usize % 100]).await;
-            assert!(error.is_some() || frames.len() % 3 == 0 || whole == 0);
+            assert!(error.is_some() || frames.len() % 4 == 0 || whole == 0);
         }
     });
 }

@@ -59,6 +59,7 @@ fn begun(sizes: &[u64]) -> Begun {
         epoch: None,
         taken: Taken::Full { reason: "first".into() },
         needed_bytes: *size_bytes,
+        audited_chunks: 0,
     };
     let disks = sizes.iter().enumerate().map(disk).collect();
     let instant = Timestamp::from_second(1).unwrap();
@@ -123,7 +124,7 @@ async fn handle(
             let (events_to, events) = mpsc::channel(2);
             let (acks, acked) = mpsc::unbounded_channel();
             to_test.send(Sidecar { events: events_to, acks: acked }).await.unwrap();
-            Ok(Answer::Session(Session { begun: begun(&SIZES), events, acks }))
+            Ok(Answer::Session(Session { begun: begun(&SIZES), events, acks, digests: None }))
         }
         Request::Status { .. } => {
             let _counts = CountsDrops(dropped);
@@ -459,6 +460,7 @@ fn bytes_of(events: &[Event]) -> Vec<u8> {
     let frames = events.iter().map(|event| match event.clone() {
         Event::Data { disk, offset_bytes, bytes } => Encoded::data(disk, offset_bytes, bytes).unwrap(),
         Event::Zero { disk, extent } => Encoded::zero(disk, extent).unwrap(),
+        Event::Same { disk, extent } => Encoded::same(disk, extent).unwrap(),
         Event::Sent => Encoded::control(&Reply::Sent, 1000).unwrap(),
         Event::End(totals) => Encoded::control(&Reply::End(totals), 1000).unwrap(),
     });

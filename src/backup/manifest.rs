@@ -5,11 +5,11 @@ use jiff::Timestamp;
 use crate::backup::plan::happened;
 use crate::backup::report::{DiskReport, Durations, Report};
 use crate::backup::transfer::Stored;
-use crate::backup::{BackupError, blocking};
+use crate::backup::{BackupError, audit, blocking};
 use crate::fault;
 use crate::machine::{FoundDisk, Verdict};
 use crate::repo::Repository;
-use crate::repo::point::{Evidence, Manifest, PointDisk, PointFile, PointTotals, Taken};
+use crate::repo::point::{AuditRecord, Evidence, Manifest, PointDisk, PointFile, PointTotals, Taken};
 use crate::units::PointId;
 use crate::wire::message::{self, BegunDisk};
 
@@ -29,11 +29,27 @@ fn taken(taken: &message::Taken) -> Taken {
     match taken {
         message::Taken::Full { reason } => Taken::Full { reason: reason.clone() },
         message::Taken::Incremental { since } => Taken::Incremental { since: *since },
+        message::Taken::Scan { reason } => Taken::Scan { reason: reason.clone() },
     }
 }
 
 fn is_whole(disk: &BegunDisk) -> bool {
     matches!(disk.taken, message::Taken::Full { .. })
+}
+
+/// How far the disk's audit has come.
+fn audited(stored: &Stored, index: usize, disk: &BegunDisk) -> Option<AuditRecord> {
+    // Without a checkpoint nothing goes on from here.
+    disk.checkpoint?;
+    let (name, instant) = (&disk.disk.name, stored.begun.instant);
+    let base = match &disk.taken {
+        message::Taken::Incremental { .. } => stored.plan.bases.get(name)?,
+        message::Taken::Full { .. } | message::Taken::Scan { .. } => return Some(audit::begin(instant)),
+    };
+    let chunk_bytes = u64::from(base.image.chunk_bytes);
+    let confirmed_chunks = stored.same[index].div_ceil(chunk_bytes);
+    let picked = stored.picked.get(name).cloned().unwrap_or_default();
+    Some(audit::go_on(base, &picked, disk.audited_chunks, confirmed_chunks, instant))
 }
 
 fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
@@ -56,7 +72,9 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
             epoch: disk.epoch,
             taken: taken(&disk.taken),
             read_bytes,
+            same_bytes: stored.same[index],
             stored_bytes: finished.stats.stored_bytes,
+            audit: audited(stored, index, disk),
         });
     }
     let mut files = Vec::with_capacity(stored.files.len());
@@ -75,9 +93,9 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
         instant: begun.instant,
         finished: Timestamp::now(),
         level,
-        parent: stored.parent.filter(|_| goes_on),
         grade: evidence.grade(),
         evidence,
+        parent: stored.plan.parent.filter(|_| goes_on),
         machine: begun.machine.clone(),
         disks,
         files,
@@ -101,6 +119,7 @@ fn report(stored: &Stored, manifest: &Manifest) -> Report {
         size_bytes: disk.disk.size_bytes,
         taken: disk.taken.clone(),
         read_bytes: disk.read_bytes,
+        same_bytes: disk.same_bytes,
         new_bytes: finished.stats.new_bytes,
         stored_bytes: disk.stored_bytes,
     };

@@ -13,6 +13,9 @@
 //! * **Cancelling.** When `interrupted` becomes true the session is dropped, which makes the sidecar close its fleece; a
 //!   sidecar in this process is waited for, and its instant is never given up half-way. From the moment at which the manifest is being written it is too late to
 //!   interrupt.
+//! * **Never hope.** Where a disk's tracking was broken and an earlier point has it, the digests of that are given to the
+//!   sidecar, and what differs comes back. When an [audit](audit) finds tracking wrong, the points that rest on it are marked,
+//!   and the backup starts over at once, with a scan of that disk.
 //! * **Memory** is what the writer has in flight, and a few events.
 
 use std::time::Instant;
@@ -24,8 +27,9 @@ use crate::fault;
 use crate::grade::Policy;
 use crate::repo::point::Manifest;
 use crate::repo::{Compression, Repository};
-use crate::wire::message::{Begin, Estimated};
+use crate::wire::message::{Begin, Estimated, FailureCode};
 
+pub mod audit;
 mod error;
 mod files;
 mod manifest;
@@ -37,7 +41,7 @@ mod transfer;
 pub use error::BackupError;
 pub use plan::{LevelChoice, Plan};
 pub use report::{DiskReport, Durations, Progress, Report};
-pub use sidecar::Sidecar;
+pub use sidecar::{Again, Sidecar};
 
 /// What kind of backup, of what, stored how.
 #[derive(Clone, Debug)]
@@ -52,6 +56,8 @@ pub struct BackupOptions {
     pub compression: Compression,
     /// Whether the guest's file systems are frozen; as the sidecar is configured when absent.
     pub freeze: Option<Policy>,
+    /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
+    pub audit_permille: u32,
 }
 
 impl Default for BackupOptions {
@@ -62,6 +68,7 @@ impl Default for BackupOptions {
             exclude: Vec::new(),
             compression: Compression::Zstd(1),
             freeze: None,
+            audit_permille: audit::DEFAULT_PERMILLE,
         }
     }
 }
@@ -86,12 +93,16 @@ async fn choose(
     sidecar: &mut Sidecar,
     repo: &Repository,
     options: &BackupOptions,
+    distrusted: Option<&Distrusted>,
 ) -> Result<(Plan, Begin), BackupError> {
     let (_machine, found) = sidecar.disks().await?;
     let points = points(repo, sidecar.vm()).await?;
     let chunk_bytes = repo.config().chunk_bytes;
-    let plan = plan::choose(options.level, &points, &found, chunk_bytes)
+    let mut plan = plan::choose(options.level, &points, &found, chunk_bytes)
         .map_err(|reason| BackupError::NotPossible { vm: sidecar.vm().to_owned(), level: options.level, reason })?;
+    if let Some(Distrusted { disk, reason }) = distrusted {
+        plan.distrust(disk, reason);
+    }
     let begin = Begin {
         vm: sidecar.vm().to_owned(),
         include: options.include.clone(),
@@ -102,6 +113,8 @@ async fn choose(
         checkpoint: options.level != LevelChoice::Copy,
         incremental_only: options.level == LevelChoice::Incremental,
         freeze: options.freeze,
+        digests: plan.scans.keys().cloned().collect(),
+        audit: None,
     };
     Ok((plan, begin))
 }
@@ -112,7 +125,7 @@ pub async fn estimate(
     repo: Repository,
     options: BackupOptions,
 ) -> Result<Vec<Estimated>, BackupError> {
-    let (_plan, mut begin) = choose(&mut sidecar, &repo, &options).await?;
+    let (_plan, mut begin) = choose(&mut sidecar, &repo, &options, None).await?;
     // What it would cost is said even where it would be refused.
     begin.incremental_only = false;
     Ok(sidecar.estimate(begin).await?)
@@ -132,8 +145,36 @@ pub async fn run(
     // Held until all is over, on every way out.
     let lock = repo.lock_vm(sidecar.vm())?;
     let here = sidecar.here();
-    let stored = store(sidecar, &repo, &options, &mut progress, &mut interrupted).await;
-    let report = match stored {
+    let (again, vm) = (sidecar.again(), sidecar.vm().to_owned());
+    let mut stored = store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await;
+    if let Err(Failed { error: BackupError::Sidecar(failure), plan: Some(plan) }) = &mut stored
+        && failure.code == FailureCode::AuditMismatch
+        // Who was not asked for an audit has none to tell of.
+        && options.audit_permille > 0
+        && let Some(disk) = failure.disk.clone()
+    {
+        let reason = failure.message.clone();
+        let marked = distrust(&repo, &vm, &disk, plan, &reason).await?;
+        let distrusted = Distrusted { disk, reason: format!("an audit failed: {reason}") };
+        tracing::error!(%vm, "{}; {marked} restore points are marked as suspect", distrusted.reason);
+        // Who asked for nothing but an incremental gets the failure.
+        if let (Some(again), true) = (again, options.level != LevelChoice::Incremental) {
+            let reopened = stoppable(&mut interrupted, async { Ok(again.open().await?) }).await;
+            stored = match reopened {
+                Ok(sidecar) => {
+                    let some = Some(&distrusted);
+                    store(sidecar, &repo, &options, some, &mut progress, &mut interrupted).await
+                }
+                Err(error) => Err(error.into()),
+            };
+            if let Ok(stored) = &mut stored {
+                let are = if marked == 1 { "restore point of the VM is" } else { "restore points of the VM are" };
+                let told = format!("{}; {marked} {are} marked as suspect", distrusted.reason);
+                stored.warnings.push(told);
+            }
+        }
+    }
+    let report = match stored.map_err(|failed| failed.error) {
         Ok(stored) => manifest::commit(&repo, stored).await,
         Err(error) => Err(error),
     };
@@ -163,19 +204,59 @@ async fn asked_to_stop(interrupted: &mut watch::Receiver<bool>) {
     }
 }
 
+/// A disk whose tracking an audit found wrong.
+struct Distrusted {
+    disk: String,
+    reason: String,
+}
+
+/// A backup that failed, with what it asked for, if it came so far.
+struct Failed {
+    error: BackupError,
+    plan: Option<Plan>,
+}
+
+impl<E: Into<BackupError>> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self { error: error.into(), plan: None }
+    }
+}
+
+/// Marks the points that rest on what an audit found wrong. Gives their number.
+async fn distrust(
+    repo: &Repository,
+    vm: &str,
+    disk: &str,
+    plan: &mut Plan,
+    reason: &str,
+) -> Result<usize, BackupError> {
+    let Some(base) = plan.distrust(disk, reason) else { return Ok(0) };
+    let (repo, vm, disk, reason) = (repo.clone(), vm.to_owned(), disk.to_owned(), reason.to_owned());
+    Ok(blocking(move || audit::distrust(&repo, &vm, &disk, &base, &reason)).await??)
+}
+
 /// All steps before the manifest.
 async fn store(
     mut sidecar: Sidecar,
     repo: &Repository,
     options: &BackupOptions,
+    distrusted: Option<&Distrusted>,
     progress: &mut impl FnMut(Progress),
     interrupted: &mut watch::Receiver<bool>,
-) -> Result<transfer::Stored, BackupError> {
+) -> Result<transfer::Stored, Failed> {
     let (started, clock) = (Timestamp::now(), Instant::now());
-    let (plan, begin) = stoppable(interrupted, choose(&mut sidecar, repo, options)).await?;
+    let (plan, mut begin) = stoppable(interrupted, choose(&mut sidecar, repo, options, distrusted)).await?;
     let vm = begin.vm.clone();
     // Before the instant: it may have work to do for a writer that died.
     let writer = stoppable(interrupted, transfer::open_writer(repo, options.compression)).await?;
+    let reader = writer.get()?.reader();
+    let permille = options.audit_permille;
+    let picking = blocking(move || {
+        let (audit, picked) = audit::pick(&reader, &plan, permille);
+        (audit, transfer::Wish { plan, picked })
+    });
+    let (audit, wish) = stoppable(interrupted, picking).await?;
+    begin.audit = audit;
     let here = sidecar.here().is_some();
     let beginning = async { Ok(sidecar.begin(begin).await?) };
     let session = match here {
@@ -186,8 +267,10 @@ async fn store(
     fault::point("backup.begun");
     let prepared = clock.elapsed();
     let chunk_bytes = repo.config().chunk_bytes;
-    let storing = transfer::run(session, writer, &plan, chunk_bytes, here, progress);
-    let mut stored = stoppable(interrupted, storing).await?;
+    let plan = wish.plan.clone();
+    let storing = transfer::run(session, writer, wish, chunk_bytes, here, progress);
+    let stored = stoppable(interrupted, storing).await;
+    let mut stored = stored.map_err(|error| Failed { error, plan: Some(plan) })?;
     fault::point("backup.stored");
     stored.head = transfer::Head { vm, started, level: options.level, prepared, clock };
     Ok(stored)

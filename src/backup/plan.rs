@@ -2,7 +2,8 @@
 //!
 //! A disk goes on from the newest point that has a checkpoint of it (for a differential: the newest full one), if that is
 //! of the same size in chunks of the same size. A point of the level `copy` has no checkpoints and so is never a parent.
-//! Whether the checkpoint still holds is for the sidecar to say; where it does not, the disk is sent whole.
+//! Whether the checkpoint still holds is for the sidecar to say; where it does not, or there is none, the disk is compared with
+//! the newest point that has it at all, of the same size in chunks of the same size: a scan. Else it is sent whole.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::{FoundDisk, Verdict};
 use crate::repo::Image;
-use crate::repo::point::{Level, Manifest, PointDisk};
-use crate::units::{CheckpointId, PointId};
+use crate::repo::point::{AuditRecord, Level, Manifest, PointDisk, Taken};
+use crate::units::{CheckpointId, EpochId, PointId};
 
 /// The level that was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,8 +83,14 @@ pub struct Base {
     pub point: PointId,
     /// Its checkpoint of the disk.
     pub checkpoint: CheckpointId,
+    /// Its epoch of the disk.
+    pub epoch: Option<EpochId>,
     /// Its content of the disk.
     pub image: Image,
+    /// How far the disk's audit had come there.
+    pub audit: Option<AuditRecord>,
+    /// How many chunks were sent for it, if it was an incremental: a guess at what the next one needs.
+    pub changed_chunks: Option<u64>,
 }
 
 /// What to ask the sidecar for.
@@ -91,6 +98,8 @@ pub struct Base {
 pub struct Plan {
     /// By name what disks go on from. A disk that is not named is read whole.
     pub bases: BTreeMap<String, Base>,
+    /// By name what disks that are read whole are compared with.
+    pub scans: BTreeMap<String, (PointId, Image)>,
     /// The newest point that a disk goes on from.
     pub parent: Option<PointId>,
     /// Why disks without a base are read whole.
@@ -101,6 +110,12 @@ impl Plan {
     /// By disk the checkpoint that the repository has.
     pub fn since(&self) -> BTreeMap<String, CheckpointId> {
         self.bases.iter().map(|(disk, base)| (disk.clone(), base.checkpoint)).collect()
+    }
+
+    /// Takes away what a disk goes on from: it cannot be believed. Gives that back.
+    pub fn distrust(&mut self, disk: &str, reason: &str) -> Option<Base> {
+        self.full_reason = Some(reason.to_owned());
+        self.bases.remove(disk)
     }
 
     fn whole(reason: &str) -> Self {
@@ -127,7 +142,16 @@ pub fn choose(
     let mut plan = Plan::default();
     let newest_first = || points.iter().rev().filter(|p| !only_full || p.level == Level::Full);
     let mut whole = BTreeMap::new();
-    for FoundDisk { disk, .. } in found.iter().filter(|f| f.verdict == Verdict::Protectable) {
+    for FoundDisk { disk, .. } in found.iter().filter(|f| level != LevelChoice::Incremental && is_protectable(f)) {
+        let kept = points
+            .iter()
+            .rev()
+            .find_map(|point| Some((point.id, point.disks.iter().find(|k| k.disk.name == disk.name)?)));
+        if let Some((point, kept)) = kept.filter(|(_, kept)| changed(kept, disk.size_bytes, chunk_bytes).is_none()) {
+            plan.scans.insert(disk.name.clone(), (point, kept.image));
+        }
+    }
+    for FoundDisk { disk, .. } in found.iter().filter(|f| is_protectable(f)) {
         let earlier = newest_first().find_map(|point| {
             let kept = point.disks.iter().find(|kept| kept.disk.name == disk.name)?;
             Some((point, kept, kept.checkpoint?))
@@ -141,13 +165,19 @@ pub fn choose(
                     whole.insert(reason, disk.name.clone());
                 }
                 None => {
-                    let base = Base { point: point.id, checkpoint, image: kept.image };
+                    let (point, epoch, image, audit) = (point.id, kept.epoch, kept.image, kept.audit);
+                    let changed_bytes = kept.read_bytes.saturating_sub(kept.same_bytes);
+                    let was_incremental = matches!(kept.taken, Taken::Incremental { .. });
+                    let changed_chunks = was_incremental.then(|| changed_bytes / u64::from(chunk_bytes));
+                    let base = Base { point, checkpoint, epoch, image, audit, changed_chunks };
                     plan.bases.insert(disk.name.clone(), base);
                 }
             },
         }
     }
-    plan.parent = points.iter().rev().map(|p| p.id).find(|id| plan.bases.values().any(|base| base.point == *id));
+    let newest = |is_one: &dyn Fn(PointId) -> bool| points.iter().rev().map(|p| p.id).find(|id| is_one(*id));
+    plan.parent = newest(&|id| plan.bases.values().any(|base| base.point == id))
+        .or_else(|| newest(&|id| plan.scans.values().any(|(point, _)| *point == id)));
     plan.full_reason = match whole.into_keys().collect::<Vec<_>>() {
         _ if points.is_empty() => Some("the repository has no restore point of the VM yet".to_owned()),
         reasons if reasons.is_empty() => None,
@@ -159,6 +189,10 @@ pub fn choose(
         (LevelChoice::Differential, true) => Err(NotPossible::NoFull),
         _ => Ok(plan),
     }
+}
+
+fn is_protectable(found: &FoundDisk) -> bool {
+    found.verdict == Verdict::Protectable
 }
 
 /// Why what was kept of a disk cannot be gone on from.

@@ -49,11 +49,13 @@ pub struct DiskReport {
     pub disk: String,
     /// Its size.
     pub size_bytes: u64,
-    /// Whole and why, or since which checkpoint.
+    /// Whole and why, scanned and why, or since which checkpoint.
     #[serde(flatten)]
     pub taken: Taken,
     /// Bytes read from the VM, zeroes included.
     pub read_bytes: u64,
+    /// Of those, bytes that were not sent: found equal in a scan, or confirmed in an audit.
+    pub same_bytes: u64,
     /// Of those, bytes that the repository did not have, before compression.
     pub new_bytes: u64,
     /// Bytes added to the repository's packs.

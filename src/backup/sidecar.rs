@@ -2,8 +2,8 @@
 
 use crate::machine::{FoundDisk, Machine};
 use crate::vm::Vm;
-use crate::wire::Client;
 use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus};
+use crate::wire::{Client, Door};
 
 /// Who has the VM.
 #[derive(Debug)]
@@ -18,7 +18,37 @@ fn odd(request: &str) -> Failure {
     Failure::new(FailureCode::Protocol, format!("the server answered something else to {request}"))
 }
 
+/// How to come back to a sidecar whose connection a session has used up.
+#[derive(Debug)]
+pub enum Again {
+    /// This process has the VM.
+    Local(Vm),
+    /// To be connected to again.
+    Remote(Box<Door>, String),
+}
+
+impl Again {
+    /// Comes back. In this process, the last session is waited for.
+    pub async fn open(self) -> Result<Sidecar, Failure> {
+        match self {
+            Self::Local(vm) => {
+                vm.idle().await;
+                Ok(Sidecar::Local(vm))
+            }
+            Self::Remote(door, vm) => Ok(Sidecar::Remote(Box::new(door.enter().await?), vm)),
+        }
+    }
+}
+
 impl Sidecar {
+    /// How to come back after a session; `None` over a stream that somebody else made.
+    pub fn again(&self) -> Option<Again> {
+        match self {
+            Self::Local(vm) => Some(Again::Local(vm.clone())),
+            Self::Remote(client, vm) => Some(Again::Remote(Box::new(client.door()?.clone()), vm.clone())),
+        }
+    }
+
     /// The VM's name: under it the points are kept.
     pub fn vm(&self) -> &str {
         match self {

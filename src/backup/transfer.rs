@@ -1,19 +1,27 @@
-//! Transfer: from a session's events to durable packs.
+//! Transfer: from a session's events to durable packs, and of what is scanned from the repository's trees to the session.
+//!
+//! A sidecar's "same" is believed only for bytes whose digests it was given: it leaves them to the image that the disk goes on
+//! from. They are durable, and acknowledged at once.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender};
 
+use crate::backup::audit::Picked;
 use crate::backup::files::{self, KeptFile};
 use crate::backup::plan::{LevelChoice, Plan};
 use crate::backup::report::{Phase, Progress};
 use crate::backup::{BackupError, blocking};
 use crate::extent::Extent;
 use crate::fault;
+use crate::repo::digest::Digest;
+use crate::repo::offer::Offer;
 use crate::repo::writer::{DiskHandle, Durable, Finished};
-use crate::repo::{Compression, Repository, Writer, WriterOptions};
-use crate::units::PointId;
+use crate::repo::{Compression, Image, Reader, RepoError, Repository, Writer, WriterOptions};
+use crate::units::human_bytes;
+use crate::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use crate::wire::frame::MAX_ACK_EXTENTS;
 use crate::wire::message::{Ack, Begun, Event, Failure, Session, Taken, Totals};
 
@@ -43,9 +51,12 @@ impl Default for Head {
 #[derive(Debug)]
 pub struct Stored {
     pub head: Head,
-    pub parent: Option<PointId>,
     pub begun: Begun,
     pub received: Vec<u64>,
+    /// Of those, bytes that were the same.
+    pub same: Vec<u64>,
+    pub picked: BTreeMap<String, Picked>,
+    pub plan: Plan,
     pub finished: Finished,
     pub files: Vec<KeptFile>,
     pub totals: Totals,
@@ -58,7 +69,7 @@ pub struct Stored {
 pub struct OpenWriter(Option<Writer>);
 
 impl OpenWriter {
-    fn get(&self) -> Result<&Writer, BackupError> {
+    pub fn get(&self) -> Result<&Writer, BackupError> {
         self.0.as_ref().ok_or(BackupError::Panicked)
     }
 
@@ -86,67 +97,152 @@ pub async fn open_writer(repo: &Repository, compression: Compression) -> Result<
 pub async fn run(
     session: Session,
     mut writer: OpenWriter,
-    plan: &Plan,
+    wish: Wish,
     chunk_bytes: u32,
     keeps_files: bool,
     progress: &mut impl FnMut(Progress),
 ) -> Result<Stored, BackupError> {
     let clock = Instant::now();
-    let Session { begun, mut events, acks } = session;
+    let Wish { plan, picked } = wish;
+    let Session { begun, mut events, acks, digests } = session;
     let durable = writer.0.as_mut().and_then(Writer::take_durable).ok_or(BackupError::Panicked)?;
-    add_disks(writer.get()?, &begun, plan, chunk_bytes)?;
+    let compared = add_disks(writer.get()?, &begun, &plan, &picked, chunk_bytes)?;
     let disks = begun.disks.len();
 
     let work = async {
-        let data = receive(&mut events, writer.get()?, &begun, progress);
+        let data = receive(&mut events, writer.get()?, &acks, &begun, &compared, progress);
+        let giving = give(digests, writer.get()?.reader(), &compared);
         let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
-        let (received, (files, warnings)) = tokio::try_join!(data, kept)?;
+        let ((received, same), (files, warnings), ()) = tokio::try_join!(data, kept, giving)?;
         fault::point("backup.sent");
         let transfer = clock.elapsed();
         // The rest is stored while the sidecar closes the fleece.
         let (finished, totals) = tokio::try_join!(writer.finish(), end(&mut events))?;
         let store = clock.elapsed() - transfer;
-        Ok::<_, BackupError>((received, files, warnings, finished, totals, transfer, store))
+        Ok::<_, BackupError>((received, same, files, warnings, finished, totals, transfer, store))
     };
-    let (received, files, warnings, finished, totals, transfer, store) = tokio::select! {
+    let (received, same, files, warnings, finished, totals, transfer, store) = tokio::select! {
         done = work => done,
         () = acknowledge(durable, &acks, disks) => Err(BackupError::Panicked),
     }?;
-    let (head, parent) = (Head::default(), plan.parent);
-    Ok(Stored { head, parent, begun, received, finished, files, totals, warnings, transfer, store })
+    let head = Head::default();
+    Ok(Stored { head, begun, received, same, picked, plan, finished, files, totals, warnings, transfer, store })
+}
+
+/// What was asked for.
+#[derive(Debug)]
+pub struct Wish {
+    /// What disks go on from.
+    pub plan: Plan,
+    /// What is to be confirmed.
+    pub picked: BTreeMap<String, Picked>,
+}
+
+/// What a disk is compared with: of that it may be said that it is the same.
+enum Compared {
+    Nothing,
+    All(Offer, Image),
+    Some(Picked, u64),
+}
+
+impl Compared {
+    fn covers(&self, extent: Extent) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::All(offer, _) => offer.covers(extent),
+            Self::Some(picked, chunk_bytes) => picked.covers(extent, *chunk_bytes),
+        }
+    }
 }
 
 /// Adds the session's disks to the writer, in order: a handle is the disk's index.
-fn add_disks(writer: &Writer, begun: &Begun, plan: &Plan, chunk_bytes: u32) -> Result<(), BackupError> {
+fn add_disks(
+    writer: &Writer,
+    begun: &Begun,
+    plan: &Plan,
+    picked: &BTreeMap<String, Picked>,
+    chunk_bytes: u32,
+) -> Result<Vec<Compared>, BackupError> {
+    let mut compared = Vec::with_capacity(begun.disks.len());
     for (index, taken) in begun.disks.iter().enumerate() {
         let disk = &taken.disk;
-        let base = match &taken.taken {
-            Taken::Full { .. } => None,
-            Taken::Incremental { since } => match plan.bases.get(&disk.name) {
-                Some(base) if base.checkpoint == *since => Some(base.image),
-                _ => {
-                    let what = format!("disk {:?} was sent since {since}, which nobody asked for", disk.name);
-                    return Err(BackupError::Contradiction(what));
-                }
-            },
+        let unasked =
+            |how: String| BackupError::Contradiction(format!("disk {:?} was {how}, which nobody asked for", disk.name));
+        let handle = match &taken.taken {
+            Taken::Full { .. } => {
+                compared.push(Compared::Nothing);
+                writer.disk(disk.size_bytes, chunk_bytes, None)?
+            }
+            Taken::Incremental { since } => {
+                let base = plan.bases.get(&disk.name).filter(|base| base.checkpoint == *since);
+                let base = base.ok_or_else(|| unasked(format!("sent since {since}")))?;
+                let some = picked.get(&disk.name).cloned().unwrap_or_default();
+                compared.push(Compared::Some(some, chunk_bytes.into()));
+                writer.disk(disk.size_bytes, chunk_bytes, Some(base.image))?
+            }
+            Taken::Scan { .. } => {
+                let scan = plan.scans.get(&disk.name).filter(|(_, image)| image.size_bytes == disk.size_bytes);
+                let (_, image) = scan.ok_or_else(|| unasked("scanned".to_owned()))?;
+                let offer = Offer::default();
+                let broken = offer.broken();
+                compared.push(Compared::All(offer, *image));
+                writer.scanned_disk(disk.size_bytes, chunk_bytes, *image, broken)?
+            }
         };
-        let handle = writer.disk(disk.size_bytes, chunk_bytes, base)?;
         if usize::from(handle.0) != index {
             return Err(BackupError::Contradiction(format!("disk {index} became number {}", handle.0)));
         }
     }
+    Ok(compared)
+}
+
+/// Gives the digests of all disks that are scanned, as fast as they are taken.
+async fn give(digests: Option<Sender<Digests>>, reader: Reader, compared: &[Compared]) -> Result<(), BackupError> {
+    let Some(digests) = digests else { return Ok(()) };
+    let scans = compared.iter().enumerate().filter_map(|(index, one)| match one {
+        Compared::All(offer, image) => Some((index as u16, offer.clone(), *image)),
+        _ => None,
+    });
+    let scans: Vec<_> = scans.collect();
+    let known =
+        |digest: Option<Digest>| digest.map_or(ChunkDigest::UNKNOWN, |d| ChunkDigest::from_bytes(*d.as_bytes()));
+    let work = move || {
+        for (disk, offer, image) in scans {
+            // Whoever does not take them says why in the events.
+            let send = |first_chunk, known: Vec<_>| {
+                digests.blocking_send(Digests { disk, first_chunk, digests: known }).is_ok()
+            };
+            offer.give(&reader, image, MAX_DIGESTS, |batch| {
+                send(batch.first_chunk, batch.known.into_iter().map(known).collect())
+            })?;
+            send(image.chunks(), Vec::new());
+            if offer.unknown_bytes() > 0 {
+                let bytes = human_bytes(offer.unknown_bytes());
+                tracing::warn!(
+                    disk,
+                    "{bytes} that an earlier point has are damaged or gone: they are sent and stored again"
+                );
+            }
+        }
+        Ok::<_, RepoError>(())
+    };
+    blocking(work).await??;
     Ok(())
 }
 
-/// Stores data until the session says that all was sent. Gives the bytes received of each disk.
+/// Stores data until the session says that all was sent. Gives the bytes received of each disk, and those of them that were
+/// the same.
 async fn receive(
     events: &mut Receiver<Result<Event, Failure>>,
     writer: &Writer,
+    acks: &UnboundedSender<Ack>,
     begun: &Begun,
+    compared: &[Compared],
     progress: &mut impl FnMut(Progress),
-) -> Result<Vec<u64>, BackupError> {
+) -> Result<(Vec<u64>, Vec<u64>), BackupError> {
     let mut received = vec![0; begun.disks.len()];
+    let mut same = received.clone();
     let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).fold(0, u64::saturating_add);
     let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
     progress(so_far);
@@ -159,6 +255,17 @@ async fn receive(
             }
             Event::Zero { disk, extent } => {
                 writer.zero(DiskHandle(known(disk, &received)?), extent).await?;
+                (disk, extent.len_bytes)
+            }
+            Event::Same { disk, extent } => {
+                let index = usize::from(known(disk, &received)?);
+                if !compared.get(index).is_some_and(|compared| compared.covers(extent)) {
+                    let what = format!("{extent} of disk {disk} are the same, it says, as what it was not given");
+                    return Err(BackupError::Contradiction(what));
+                }
+                same[index] += extent.len_bytes;
+                // Whoever is not there any more says so in the events.
+                let _ = acks.send(Ack { disk, extents: vec![extent] });
                 (disk, extent.len_bytes)
             }
             Event::Sent => break,
@@ -179,7 +286,7 @@ async fn receive(
             )));
         }
     }
-    Ok(received)
+    Ok((received, same))
 }
 
 /// A disk of the session, and none of the files that are stored beside them.

@@ -31,6 +31,10 @@ pub struct BackupArgs {
     /// How data is stored: none, zstd or zstd:LEVEL.
     #[arg(long, value_name = "HOW", value_parser = super::values::compression, default_value = "zstd:1")]
     compression: Compression,
+    /// In an incremental, have so many percent of the needed chunks confirmed beside them, of those that nobody is said to have
+    /// written: finds out whether tracking can be believed. 0 for none; else 16 chunks of each disk at least.
+    #[arg(long, value_name = "PERCENT", value_parser = super::values::percent, default_value = "1")]
+    audit: u32,
     #[command(flatten)]
     quiet: QuietArgs,
 }
@@ -119,6 +123,12 @@ impl fmt::Display for BackupReport {
             write!(f, "{}: {read} of {size} read, {stored} stored", disk.disk)?;
             match &disk.taken {
                 Taken::Full { reason } => writeln!(f, "; whole: {reason}")?,
+                Taken::Scan { reason } => {
+                    writeln!(f, "; scanned, {} the same: {reason}", human_bytes(disk.same_bytes))?;
+                }
+                Taken::Incremental { .. } if disk.same_bytes > 0 => {
+                    writeln!(f, "; {} of it confirmed to be the same", human_bytes(disk.same_bytes))?;
+                }
                 Taken::Incremental { .. } => writeln!(f)?,
             }
         }
@@ -167,7 +177,8 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
             "--agent and --freeze-lease are for a VM that no server has: the server's configuration says them",
         ));
     }
-    let options = BackupOptions { compression: args.compression, freeze: args.quiet.freeze, ..args.what.options() };
+    let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
+    let options = BackupOptions { compression, freeze, audit_permille, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

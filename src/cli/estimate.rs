@@ -38,6 +38,7 @@ impl fmt::Display for EstimateReport {
         for disk in &self.disks {
             let how = match &disk.taken {
                 Taken::Full { reason } => format!("whole: {reason}"),
+                Taken::Scan { reason } => format!("whole, to be compared: {reason}"),
                 Taken::Incremental { since } => format!("since checkpoint {}", since.short()),
             };
             table.row([disk.disk.clone(), human_bytes(disk.size_bytes), human_bytes(disk.needed_bytes), how]);

@@ -12,7 +12,8 @@ use super::exit::Code;
 use super::repository;
 use super::table::Table;
 use crate::repo::Manifest;
-use crate::repo::point::{Grade, Level, PointTotals};
+use crate::repo::point::{Grade, Level, PointTotals, Taken};
+use crate::repo::suspect;
 use crate::units::{PointId, human_bytes};
 
 #[derive(Debug, Args)]
@@ -34,11 +35,23 @@ struct PointLine {
     disks: Vec<String>,
     #[serde(flatten)]
     totals: PointTotals,
+    /// Disks that were scanned: `DISK: REASON`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    scanned: Vec<String>,
+    /// Why the point rests on what cannot be believed, if it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suspect: Option<String>,
 }
 
 impl From<Manifest> for PointLine {
     fn from(manifest: Manifest) -> Self {
+        let scanned = manifest.disks.iter().filter_map(|disk| match &disk.taken {
+            Taken::Scan { reason } => Some(format!("{}: {reason}", disk.disk.name)),
+            _ => None,
+        });
         Self {
+            scanned: scanned.collect(),
+            suspect: None,
             vm: manifest.vm,
             point: manifest.id,
             instant: manifest.instant,
@@ -78,6 +91,14 @@ impl fmt::Display for PointsReport {
             true => writeln!(f, "no restore points yet; `livebackup backup` makes one")?,
             false => write!(f, "{table}")?,
         }
+        for point in &self.points {
+            for scanned in &point.scanned {
+                writeln!(f, "{} of {}: scanned {scanned}", point.point.short(), point.vm)?;
+            }
+            if let Some(suspect) = &point.suspect {
+                writeln!(f, "SUSPECT: {} of {}: {suspect}", point.point.short(), point.vm)?;
+            }
+        }
         if !self.damaged.is_empty() {
             let number = count(self.damaged.len(), "restore point");
             writeln!(f, "{number} cannot be read; `livebackup verify` looks at all:")?;
@@ -95,7 +116,11 @@ pub fn run(context: &Context, args: &PointsArgs) -> anyhow::Result<Code> {
     let mut report = PointsReport::default();
     for vm in vms {
         let listing = repo.points(&vm)?;
-        report.points.extend(listing.points.into_iter().map(PointLine::from));
+        let mut suspects = repo.suspects(&vm)?;
+        report.points.extend(listing.points.into_iter().map(|point| {
+            let suspect = suspects.remove(&point.id).map(|disks| suspect::in_words(&disks));
+            PointLine { suspect, ..PointLine::from(point) }
+        }));
         report.damaged.extend(listing.damaged.into_iter().map(|error| error.to_string()));
     }
     context.output.print(&report);

@@ -12,7 +12,8 @@ use super::repository;
 use super::table::Table;
 use crate::machine::Verdict;
 use crate::repo::Manifest;
-use crate::repo::point::{Evidence, Taken};
+use crate::repo::point::{AuditRecord, Evidence, Taken};
+use crate::repo::suspect::{self, SuspectDisk};
 use crate::units::human_bytes;
 
 #[derive(Debug, Args)]
@@ -25,12 +26,30 @@ pub struct ShowArgs {
 }
 
 #[derive(Serialize)]
-#[serde(transparent)]
-struct ShowReport(Manifest);
+struct ShowReport {
+    #[serde(flatten)]
+    point: Manifest,
+    /// Why the point rests on what cannot be believed, if it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suspect: Option<Vec<SuspectDisk>>,
+}
+
+/// What an audit has confirmed so far, in words.
+fn coverage(record: &AuditRecord, chunks: u64) -> Option<String> {
+    let percent = (record.position * 100).checked_div(chunks)?;
+    let runs = count(record.runs as usize, "run");
+    match record.trusted {
+        Some(trusted) if record.runs > 0 || trusted != record.round_started => {
+            Some(format!("{percent} % of the chunks confirmed in {runs}; all of them were right at {trusted:.0}"))
+        }
+        Some(_) => None,
+        None => Some(format!("{percent} % of the chunks confirmed in {runs}")),
+    }
+}
 
 impl fmt::Display for ShowReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let point = &self.0;
+        let point = &self.point;
         writeln!(f, "point     {}", point.id)?;
         writeln!(f, "vm        {}", point.vm)?;
         writeln!(f, "instant   {}", point.instant)?;
@@ -49,12 +68,21 @@ impl fmt::Display for ShowReport {
         for disk in &point.disks {
             let taken = match &disk.taken {
                 Taken::Full { reason } => format!("whole: {reason}"),
+                Taken::Scan { reason } => format!("scanned, {} the same: {reason}", human_bytes(disk.same_bytes)),
                 Taken::Incremental { since } => format!("since checkpoint {}", since.short()),
             };
             let [size, read, stored] = [disk.disk.size_bytes, disk.read_bytes, disk.stored_bytes].map(human_bytes);
             table.row([disk.disk.name.clone(), size, read, stored, taken]);
         }
         write!(f, "{table}")?;
+        for disk in &point.disks {
+            if let Some(words) = disk.audit.and_then(|record| coverage(&record, disk.image.chunks())) {
+                writeln!(f, "audit of {}: {words}", disk.disk.name)?;
+            }
+        }
+        if let Some(suspect) = &self.suspect {
+            writeln!(f, "SUSPECT: {}", suspect::in_words(suspect))?;
+        }
         for file in &point.files {
             writeln!(f, "file {}, {}", file.name, human_bytes(file.image.size_bytes))?;
         }
@@ -108,6 +136,8 @@ fn ms(us: u64) -> String {
 
 pub fn run(context: &Context, args: &ShowArgs) -> anyhow::Result<Code> {
     let repo = repository::open(&args.repo)?;
-    context.output.print(&ShowReport(repository::point(&repo, &args.point)?));
+    let point = repository::point(&repo, &args.point)?;
+    let suspect = repo.suspects(&point.vm)?.remove(&point.id);
+    context.output.print(&ShowReport { point, suspect });
     Ok(Code::Good)
 }

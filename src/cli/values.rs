@@ -44,6 +44,16 @@ pub fn policy(text: &str) -> Result<Policy, String> {
     }
 }
 
+/// A share in percent, to a tenth; in thousandths.
+pub fn percent(text: &str) -> Result<u32, String> {
+    let number = text.trim_end_matches('%');
+    let (whole, tenths) = number.split_once('.').unwrap_or((number, "0"));
+    match (whole.parse::<u32>(), tenths.parse::<u32>(), tenths.len()) {
+        (Ok(whole @ 0..=100), Ok(tenths @ 0..=9), 1) if whole * 10 + tenths <= 1000 => Ok(whole * 10 + tenths),
+        _ => Err("a share is 0 to 100 percent, to a tenth".to_owned()),
+    }
+}
+
 /// The level of a backup.
 pub fn level(text: &str) -> Result<LevelChoice, String> {
     text.parse()
@@ -60,6 +70,16 @@ mod tests {
         }
         for bad in ["", "K", "1X", "-1", "1.5G", "16777216T", "1é"] {
             assert!(size(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn shares() {
+        for (text, permille) in [("0", 0), ("1", 10), ("0.5%", 5), ("100", 1000), ("12.5", 125)] {
+            assert_eq!(percent(text), Ok(permille), "{text}");
+        }
+        for bad in ["", "%", "-1", "101", "100.1", "1.25", "1.", ".5", "4294967295"] {
+            assert!(percent(bad).is_err(), "{bad:?}");
         }
     }
 

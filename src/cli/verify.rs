@@ -10,8 +10,9 @@ use super::context::Context;
 use super::exit::Code;
 use super::progress::Meter;
 use super::repository;
+use crate::repo::suspect;
 use crate::repo::verify::{self, Report, Scope};
-use crate::units::human_bytes;
+use crate::units::{PointId, human_bytes};
 
 /// Most places that are printed for one damage; JSON has more.
 const SHOWN: usize = 10;
@@ -42,6 +43,8 @@ struct VerifyReport {
     raw_bytes: u64,
     damage: Vec<DamageLine>,
     unreported: u64,
+    /// Points that rest on what an audit found wrong: `VM@POINT: REASON`. Their bytes may be intact and still be too old.
+    suspect: Vec<String>,
 }
 
 impl From<Report> for VerifyReport {
@@ -60,6 +63,7 @@ impl From<Report> for VerifyReport {
             raw_bytes: report.raw_bytes,
             damage: report.damage.iter().map(line).collect(),
             unreported: report.unreported,
+            suspect: Vec::new(),
         }
     }
 }
@@ -83,6 +87,9 @@ impl fmt::Display for VerifyReport {
         if self.unreported > 0 {
             writeln!(f, "and {} more", count(self.unreported as usize, "damage"))?;
         }
+        for suspect in &self.suspect {
+            writeln!(f, "SUSPECT: {suspect}")?;
+        }
         let points = count(self.points as usize, "restore point");
         let bytes = human_bytes(self.stored_bytes);
         let chunks = count(self.chunks as usize, "chunk");
@@ -90,7 +97,7 @@ impl fmt::Display for VerifyReport {
             0 => writeln!(f, "intact: {points}, {chunks}, {bytes} read"),
             n => writeln!(
                 f,
-                "DAMAGED: {} in {points}, {chunks}, {bytes} read; a full backup stores what is missing anew",
+                "DAMAGED: {} in {points}, {chunks}, {bytes} read; a full backup, or a scan, stores what is missing anew",
                 count(n, "place")
             ),
         }
@@ -99,11 +106,21 @@ impl fmt::Display for VerifyReport {
 
 pub async fn run(context: &Context, args: &VerifyArgs) -> anyhow::Result<Code> {
     let repo = repository::open(&args.repo)?;
+    let repo_again = repo.clone();
+    let mut wanted: Vec<(String, Option<PointId>)> = Vec::new();
     let points = match &args.point {
-        None => None,
+        None => {
+            wanted.extend(repo.vms()?.into_iter().map(|vm| (vm, None)));
+            None
+        }
         Some(text) => match repository::vm_and_point(&repo, text)? {
-            (vm, Some(point)) => Some((vec![repo.find_point(vm, point)?], Vec::new())),
+            (vm, Some(point)) => {
+                let point = repo.find_point(vm, point)?;
+                wanted.push((vm.to_owned(), Some(point.id)));
+                Some((vec![point], Vec::new()))
+            }
             (vm, None) => {
+                wanted.push((vm.to_owned(), None));
                 let listing = repo.points(vm)?;
                 Some((listing.points, listing.damaged))
             }
@@ -122,8 +139,15 @@ pub async fn run(context: &Context, args: &VerifyArgs) -> anyhow::Result<Code> {
             }
         }
     });
-    // Reading changes nothing: it is left where it is.
-    let report = VerifyReport::from(context.unless_interrupted(work).await??);
+    // Reading changes nothing but marks of damage: it is left where it is.
+    let mut report = VerifyReport::from(context.unless_interrupted(work).await??);
+    for (vm, id) in wanted {
+        let suspects = repo_again.suspects(&vm)?;
+        let named = suspects.iter().filter(|(point, _)| id.is_none_or(|id| id == **point));
+        report
+            .suspect
+            .extend(named.map(|(point, disks)| format!("{vm}@{}: {}", point.short(), suspect::in_words(disks))));
+    }
     context.output.print(&report);
     Ok(if report.intact { Code::Good } else { Code::Damaged })
 }

@@ -8,7 +8,7 @@ use crate::repo::digest::Digest;
 use crate::repo::index::format::View;
 use crate::repo::point::Manifest;
 use crate::repo::tree::Node;
-use crate::repo::{journal, pack};
+use crate::repo::{damage, journal, pack, suspect};
 
 /// The config decoder.
 pub fn config(bytes: &[u8]) {
@@ -20,6 +20,16 @@ pub fn manifest(bytes: &[u8]) {
     if let Ok(manifest) = Manifest::decode(bytes) {
         assert!(manifest.images().all(|(_, image)| image.depth() <= 5));
     }
+}
+
+/// The decoder of marks of damage.
+pub fn marks(bytes: &[u8]) {
+    let _ = damage::decode(bytes);
+}
+
+/// The decoder of marks of suspect points.
+pub fn suspect(bytes: &[u8]) {
+    let _ = suspect::decode(bytes);
 }
 
 /// The decoder of a pack's header, footer and directory.
@@ -159,6 +169,22 @@ mod tests {
                 bytes[60..64].copy_from_slice(&crc.to_le_bytes());
             }
         });
+    }
+
+    #[test]
+    fn marks_of_damage_and_suspicion() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = crate::repo::layout::Layout::new(dir.path());
+        let (pack, digest) = (PackId::random(), Digest::of(b"x"));
+        damage::record(&layout, &[(pack, damage::Mark { offset_bytes: 4096, digest })], false).unwrap();
+        run(&std::fs::read(layout.damaged().join(pack.to_string())).unwrap(), marks, |_| {});
+        let repo = crate::repo::Repository::init(&dir.path().join("repo"), 65536).unwrap();
+        let point = a_manifest("v", vec![]);
+        repo.commit(&point).unwrap();
+        let reason = "found wrong".to_owned();
+        let disk = suspect::SuspectDisk { disk: "d".to_owned(), found: jiff::Timestamp::UNIX_EPOCH, reason };
+        repo.mark_suspect("v", point.id, disk).unwrap();
+        run(&std::fs::read(repo.layout().suspect("v", point.id).unwrap()).unwrap(), super::suspect, |_| {});
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //!      packs/ab/<PackId>           blobs
 //!      index/<PackId>              digest → place; named by an id of its own
 //!      points/VM/<PointId>.point   manifests: the only thing that makes a restore point exist
+//!      points/VM/<PointId>.suspect marks of points that rest on what an audit found wrong
 //!      locks/                      `repository`, `index`, `vm-VM`
+//!      damaged/<PackId>            what a verification found damaged in a pack; made when there is something
 //!      journal/<PackId>/           one per writer: its list of durable packs, and the pack that it is writing
 //! ```
 
@@ -13,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::limits::MAX_NAME_BYTES;
 use crate::repo::error::RepoError;
+use crate::repo::suspect::SUSPECT_ENDING;
 use crate::units::{PackId, PointId};
 
 /// Longest directory name made of a VM's name, endings not counted. File systems take 255 bytes.
@@ -73,9 +76,19 @@ impl Layout {
         Ok(self.vm(vm)?.join(format!("{id}.{POINT_ENDING}")))
     }
 
+    /// The mark of a suspect point.
+    pub fn suspect(&self, vm: &str, id: PointId) -> Result<PathBuf, RepoError> {
+        Ok(self.vm(vm)?.join(format!("{id}.{SUSPECT_ENDING}")))
+    }
+
     /// Where lock files are.
     pub fn locks(&self) -> PathBuf {
         self.root.join("locks")
+    }
+
+    /// Where marks of damage are. May not exist.
+    pub fn damaged(&self) -> PathBuf {
+        self.root.join("damaged")
     }
 
     /// Where writers keep their journals.

@@ -22,6 +22,7 @@
 
 pub mod blob;
 pub mod config;
+pub mod damage;
 pub mod digest;
 pub mod error;
 pub(crate) mod fields;
@@ -30,6 +31,7 @@ pub mod index;
 pub mod journal;
 pub mod layout;
 pub mod lock;
+pub mod offer;
 pub mod pack;
 pub mod packfile;
 pub mod point;
@@ -37,6 +39,7 @@ pub mod points;
 pub mod reader;
 pub mod repository;
 pub mod sealed;
+pub mod suspect;
 pub mod tree;
 pub mod verify;
 pub mod writer;

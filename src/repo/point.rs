@@ -45,6 +45,28 @@ pub enum Taken {
         /// Which.
         since: CheckpointId,
     },
+    /// All was read, and what differed from an earlier point was taken.
+    Scan {
+        /// Why, in a sentence.
+        reason: String,
+    },
+}
+
+/// How far the audit of a disk has come: where it is in the random order in which chunks are confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRecord {
+    /// Names the order of this round.
+    pub seed: u64,
+    /// So many of the disk's chunks have had their turn in this round: confirmed, or taken because they were written.
+    pub position: u64,
+    /// In so many backups.
+    pub runs: u64,
+    /// Chunks that were compared and found right in this round.
+    pub confirmed_chunks: u64,
+    /// When all of the disk was last known to be right: it was read whole then, or a round that has ended began.
+    pub trusted: Option<Timestamp>,
+    /// When this round began.
+    pub round_started: Timestamp,
 }
 
 /// A disk of a restore point.
@@ -64,8 +86,14 @@ pub struct PointDisk {
     pub taken: Taken,
     /// Bytes read from the VM.
     pub read_bytes: u64,
+    /// Of those, bytes that an earlier point has: found equal in a scan, or confirmed in an audit.
+    #[serde(default)]
+    pub same_bytes: u64,
     /// Bytes added to the repository's packs.
     pub stored_bytes: u64,
+    /// How far the audit has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditRecord>,
 }
 
 /// A file kept with the point: a kernel, a firmware.
@@ -187,7 +215,8 @@ pub(crate) mod tests {
         };
         let taken = Taken::Full { reason: "the first backup".to_owned() };
         let (checkpoint, epoch) = (Some(CheckpointId::random()), Some(EpochId::random()));
-        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes: 1, stored_bytes: 2 }
+        let (read_bytes, same_bytes, stored_bytes) = (1, 0, 2);
+        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes, same_bytes, stored_bytes, audit: None }
     }
 
     /// A manifest of these disks.

@@ -175,7 +175,11 @@ impl Fleece {
         let node = names.helper(i);
         harvest::add_helper_node(monitor, &node, disk.plan.disk.size_bytes).await.map_err(qemu_failed)?;
         let sentinel = matches!(disk.plan.track, tracking::Track::Begin { .. });
-        let sealed = disk.plan.sealed.clone().filter(|b| !b.is_empty());
+        let mut sealed = disk.plan.sealed.clone();
+        if let Some(sealed) = &mut sealed {
+            disk.plan.audited(self.chunk_bytes).for_each(|(chunk, _)| sealed.set(chunk));
+        }
+        let sealed = sealed.filter(|b| !b.is_empty());
         let chunk_bytes = self.chunk_bytes;
         for (name, granularity, disabled) in
             [("need", chunk_bytes, false), ("check", chunk_bytes, true), ("old", GRANULE_BYTES, true)]

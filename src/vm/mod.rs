@@ -30,6 +30,7 @@ use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, Tr
 mod agent;
 mod attach;
 mod carry;
+pub mod compare;
 pub mod doctor;
 mod estimate;
 pub mod evidence;
@@ -232,7 +233,7 @@ impl Vm {
         let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
         let mut media = self.media(graph).await;
         let bench = Bench { names: self.names(), graph, qemu: &self.inner.qemu, run_state: &run_state };
-        let mut plans = vec![];
+        let mut plans: Vec<(Plan, Option<String>)> = vec![];
         for disk in select::disks(&graph.disks, begin)? {
             let log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
             let medium = media.remove(&disk.name).unwrap_or_default();
@@ -261,6 +262,9 @@ impl Vm {
                     ));
                 }
             }
+        }
+        for (plan, _) in &mut plans {
+            plan.compare(begin);
         }
         Ok(plans)
     }

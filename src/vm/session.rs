@@ -3,24 +3,30 @@
 //! Opening and running are tasks of their own: a caller that goes away in the middle must not leave the guest stopped or a
 //! fleece behind.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
+use super::compare::{Compared, Expected};
 use super::fleece::{Bench, Fleece};
 use super::quiet::{Quiet, QuietOptions};
 use super::scratch::ScratchDir;
-use super::transfer::{self, ReadyDisk};
+use super::transfer::{self, Needed, ReadyDisk};
 use super::{Inner, Vm, internal, qemu_failed, tracking, undo};
 use crate::checkpoint::Bitmap;
 use crate::grade::{Evidence, Policy};
 use crate::machine::FoundDisk;
 use crate::units::EpochId;
-use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
+use crate::wire::message::{
+    Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Taken, Totals,
+};
 
 /// Events that wait for the client in this process.
 const EVENTS_WAITING: usize = 4;
+/// Batches of digests that wait for the reader: with the one that it looks at, 2.5 GiB of a disk in chunks of 128 KiB.
+const DIGESTS_WAITING: usize = 4;
 /// How often the scratch is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
 
@@ -72,9 +78,12 @@ impl Vm {
         self.set_progress(|p| *p = Some(progress));
         let (events, event_queue) = mpsc::channel(EVENTS_WAITING);
         let (acks, ack_queue) = mpsc::unbounded_channel();
+        let scans = begun.disks.iter().any(|disk| matches!(disk.taken, Taken::Scan { .. }));
+        let (digests, digest_queue) = scans.then(|| mpsc::channel(DIGESTS_WAITING)).unzip();
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
-        let _ = reply.send(Ok(Session { begun, events: event_queue, acks }));
-        let last = self.run(fleece, ready, &events, ack_queue, prepare_us).await;
+        let _ = reply.send(Ok(Session { begun, events: event_queue, acks, digests }));
+        let expected = Expected::new(digest_queue);
+        let last = self.run(fleece, ready, &events, ack_queue, expected, prepare_us).await;
         // The VM is free; a client that takes its time with the last word keeps nobody waiting.
         drop(guard);
         self.count_session();
@@ -136,7 +145,7 @@ impl Vm {
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
             let (epoch, needed) = self.settle(&mut fleece, i, reason, chunk_bytes).await?;
-            let needed_bytes = needed.count_bytes();
+            let needed_bytes = needed.bitmap.count_bytes();
             let ready = transfer::ready(&mut fleece, i, needed, chunk_bytes, options.transport).await?;
             let plan = &fleece.disks[i].plan;
             let begun = BegunDisk {
@@ -145,6 +154,7 @@ impl Vm {
                 epoch,
                 taken: plan.taken.clone(),
                 needed_bytes,
+                audited_chunks: plan.audit.len() as u64,
             };
             disks.push((ready, begun));
         }
@@ -173,7 +183,7 @@ impl Vm {
         i: usize,
         reason: &str,
         chunk_bytes: u64,
-    ) -> Result<(Option<EpochId>, Bitmap), Failure> {
+    ) -> Result<(Option<EpochId>, Needed), Failure> {
         let harvest = fleece.harvest(i).await?;
         let (time, qemu) = (fleece.instant, self.inner.qemu.clone());
         let plan = &mut fleece.disks[i].plan;
@@ -188,16 +198,29 @@ impl Vm {
             _ => Bitmap::full(plan.disk.size_bytes),
         };
         needed.round_out(chunk_bytes);
+        let plan = &fleece.disks[i].plan;
+        let compared = match plan.taken {
+            Taken::Scan { .. } => Compared::All,
+            _ => {
+                // Audited chunks that were written are sent; the rest is compared.
+                let clean: BTreeMap<_, _> =
+                    plan.audited(chunk_bytes).filter(|(extent, _)| !needed.intersects(*extent)).collect();
+                clean.keys().for_each(|extent| needed.set(*extent));
+                let numbered = clean.into_iter().map(|(extent, digest)| (extent.offset_bytes / chunk_bytes, digest));
+                Compared::Some(numbered.collect())
+            }
+        };
         fleece.forget_old(i).await?;
-        Ok((epoch, needed))
+        Ok((epoch, Needed { bitmap: needed, compared }))
     }
 
     async fn run(
         &self,
-        fleece: Fleece,
+        mut fleece: Fleece,
         disks: Vec<ReadyDisk>,
         events: &mpsc::Sender<Result<Event, Failure>>,
         mut acks: mpsc::UnboundedReceiver<Ack>,
+        mut expected: Expected,
         prepare_us: u64,
     ) -> Result<Event, Failure> {
         let start = Instant::now();
@@ -209,13 +232,14 @@ impl Vm {
                     let progress = |sent: transfer::Sent| {
                         totals.data_bytes += sent.data_bytes;
                         totals.zero_bytes += sent.zero_bytes;
+                        totals.same_bytes += sent.same_bytes;
                         self.set_progress(|p| {
                             if let Some(p) = p {
-                                p.sent_bytes += sent.data_bytes + sent.zero_bytes;
+                                p.sent_bytes += sent.data_bytes + sent.zero_bytes + sent.same_bytes;
                             }
                         });
                     };
-                    transfer::send(disk, i as u16, events, progress).await?;
+                    transfer::send(disk, i as u16, &mut expected, events, progress).await?;
                 }
                 // Still under watch: a client that does not take it must not keep the fleece.
                 events.send(Ok(Event::Sent)).await.map_err(|_| transfer::left())
@@ -232,10 +256,27 @@ impl Vm {
         totals.transfer_us = start.elapsed().as_micros() as u64;
         totals.scratch_peak_bytes = peak.max(fleece.scratch_bytes());
         crate::fault::point("vm.sent");
+        if let Err(failure) = &outcome
+            && failure.code == FailureCode::AuditMismatch
+        {
+            self.distrust(&mut fleece, failure);
+        }
         totals.warnings = self.close(fleece, disks).await;
         self.set_progress(|p| *p = None);
         tracing::info!(vm = self.inner.name, ?totals, "session over");
         outcome.map(|()| Event::End(totals))
+    }
+
+    /// Ends the epoch of the disk whose audit failed.
+    fn distrust(&self, fleece: &mut Fleece, failure: &Failure) {
+        tracing::error!(vm = self.inner.name, "{failure}");
+        for disk in fleece.disks.iter_mut().filter(|d| failure.disk.as_ref() == Some(&d.plan.disk.name)) {
+            // A file of a few hundred bytes, flushed. A log that cannot be written refuses the next seal, too.
+            let ended = tokio::task::block_in_place(|| disk.plan.log.end_epoch(&failure.message));
+            if let Err(error) = ended {
+                tracing::error!(vm = self.inner.name, "an epoch that is not to be believed cannot be ended: {error}");
+            }
+        }
     }
 
     /// Looks at the scratch and the monitor until the fleece must let go.

@@ -25,11 +25,14 @@ use super::graph::Graph;
 use super::names::Names;
 use super::{internal, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
+use crate::extent::Extent;
 use crate::machine::Disk;
 use crate::monitor::{Monitor, MonitorError};
 use crate::repo::layout::directory_of_vm;
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
-use crate::wire::message::{Failure, Taken};
+use crate::wire::contract::AUDIT_FLOOR_CHUNKS;
+use crate::wire::digests::ChunkDigest;
+use crate::wire::message::{AuditChunk, Begin, Failure, Taken};
 
 /// What a checkpoint of a disk needs of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,6 +223,39 @@ pub struct Plan {
     pub track: Track,
     /// What the disk is made of, for the log of a new epoch.
     pub medium: Option<Medium>,
+    /// Chunks to be confirmed by the way.
+    pub audit: Vec<AuditChunk>,
+}
+
+impl Plan {
+    /// Takes up what the client can do: a disk of which it has digests is scanned where it would be taken whole, and of one
+    /// that is taken since a checkpoint it may have some chunks confirmed.
+    pub fn compare(&mut self, begin: &Begin) {
+        let chunk_bytes = u64::from(begin.chunk_bytes);
+        if let Taken::Full { reason } = &self.taken
+            && begin.digests.contains(&self.disk.name)
+        {
+            self.taken = Taken::Scan { reason: reason.clone() };
+        }
+        if let (Some(audit), Some(sealed)) = (&begin.audit, &self.sealed)
+            && let Some(wanted) = audit.disks.get(&self.disk.name)
+        {
+            let mut needed = sealed.clone();
+            needed.round_out(chunk_bytes);
+            let share = u128::from(needed.count_bytes() / chunk_bytes) * u128::from(audit.permille) / 1000;
+            let most = share.max(AUDIT_FLOOR_CHUNKS.into()).min(wanted.len() as u128) as usize;
+            self.audit = wanted[..most].to_vec();
+        }
+    }
+
+    /// The chunks to be confirmed, by their bytes; none that the disk does not have.
+    pub fn audited(&self, chunk_bytes: u64) -> impl Iterator<Item = (Extent, ChunkDigest)> {
+        let size_bytes = self.disk.size_bytes;
+        self.audit.iter().filter_map(move |one| {
+            let from = one.chunk.checked_mul(chunk_bytes).filter(|from| *from < size_bytes)?;
+            Some((Extent::between(from, from.saturating_add(chunk_bytes).min(size_bytes)), one.digest))
+        })
+    }
 }
 
 /// What the client asks for one disk.
@@ -256,7 +292,7 @@ pub fn plan(disk: Disk, log: Log, verdict: Result<(), String>, wish: &Wish<'_>) 
         (Some(head), Ok(())) => Track::Continue { head, next },
         _ => Track::Begin { next },
     };
-    Plan { disk, log, taken, sealed, track, medium: None }
+    Plan { disk, log, taken, sealed, track, medium: None, audit: vec![] }
 }
 
 /// Makes the log follow what was done at the instant: seals, or begins an epoch. Blocks on files.

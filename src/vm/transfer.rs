@@ -11,6 +11,7 @@ use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
 use super::Transport;
+use super::compare::{Compared, Expected, Out, Read, hash};
 use super::fleece::Fleece;
 use super::internal;
 use crate::block::{BlockSource, BoxFuture, SourceError, SourceRules};
@@ -50,6 +51,14 @@ impl Source {
     }
 }
 
+/// What must be read of a disk.
+pub struct Needed {
+    /// In whole chunks.
+    pub bitmap: Bitmap,
+    /// What of it is compared with what the client knows.
+    pub compared: Compared,
+}
+
 /// A disk that is ready to be read.
 pub struct ReadyDisk {
     /// Where its bytes come from.
@@ -58,6 +67,9 @@ pub struct ReadyDisk {
     pub needed: Bitmap,
     /// What of it may be something else than zeroes, in whole chunks.
     pub data: Bitmap,
+    /// What of it is compared with what the client knows.
+    compared: Compared,
+    chunk_bytes: u64,
     /// Whether the source takes discards.
     discards: bool,
     name: String,
@@ -67,7 +79,7 @@ pub struct ReadyDisk {
 pub async fn ready(
     fleece: &mut Fleece,
     i: usize,
-    needed: Bitmap,
+    needed: Needed,
     chunk_bytes: u64,
     transport: Transport,
 ) -> Result<ReadyDisk, Failure> {
@@ -110,7 +122,9 @@ pub async fn ready(
         };
         Source::Nbd(NbdSource::open(&options).await.map_err(internal)?)
     };
-    Ok(ReadyDisk { source: Arc::new(source), needed, data, discards: !disk.read_only, name: disk.name })
+    let Needed { bitmap: needed, compared } = needed;
+    let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);
+    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name })
 }
 
 /// A run of the needed set.
@@ -163,41 +177,47 @@ pub struct Sent {
     pub data_bytes: u64,
     /// As zeroes.
     pub zero_bytes: u64,
+    /// Not at all: the client has it.
+    pub same_bytes: u64,
 }
 
 /// Sends one disk. `sent` is told of every event.
 pub async fn send(
     ready: &ReadyDisk,
     disk: u16,
+    expected: &mut Expected,
     events: &mpsc::Sender<Result<Event, Failure>>,
-    mut sent: impl FnMut(Sent),
+    sent: impl FnMut(Sent),
 ) -> Result<(), Failure> {
-    let reads = futures_util::stream::iter(runs(&ready.needed, &ready.data).flat_map(pieces)).map(|run| async move {
-        match run {
-            Run::Zero(extent) => Ok(Event::Zero { disk, extent }),
-            Run::Data(extent) => {
-                let bytes = ready.source.read(extent).await?;
-                Ok(if is_zero(&bytes) {
-                    Event::Zero { disk, extent }
-                } else {
-                    Event::Data { disk, offset_bytes: extent.offset_bytes, bytes }
-                })
-            }
-        }
-    });
+    let reads =
+        futures_util::stream::iter(runs(&ready.needed, &ready.data).flat_map(pieces)).map(|run| read(ready, run));
     let mut reads = std::pin::pin!(reads.buffered(READS));
-    while let Some(event) = reads.next().await {
-        let event = event.map_err(|e| broken(&ready.name, &e))?;
-        let now = match &event {
-            Event::Data { bytes, .. } => Sent { data_bytes: bytes.len() as u64, zero_bytes: 0 },
-            Event::Zero { extent, .. } => Sent { data_bytes: 0, zero_bytes: extent.len_bytes },
-            _ => Sent::default(),
-        };
-        events.send(Ok(event)).await.map_err(|_| left())?;
-        sent(now);
-        crate::fault::point("transfer.sent");
+    let mut out = Out::new(disk, &ready.name, ready.chunk_bytes, events, sent);
+    while let Some(read) = reads.next().await {
+        match &ready.compared {
+            Compared::Nothing => out.whole(read?).await?,
+            Compared::All => out.scanned(read?, expected).await?,
+            Compared::Some(audit) => out.audited(read?, audit).await?,
+        }
     }
-    Ok(())
+    out.finish().await
+}
+
+async fn read(ready: &ReadyDisk, run: Run) -> Result<Read, Failure> {
+    let extent = match run {
+        Run::Zero(extent) => return Ok(Read { extent, bytes: None, digests: vec![] }),
+        Run::Data(extent) => extent,
+    };
+    let bytes = ready.source.read(extent).await.map_err(|e| broken(&ready.name, &e))?;
+    if is_zero(&bytes) {
+        return Ok(Read { extent, bytes: None, digests: vec![] });
+    }
+    let chunks = extent.offset_bytes / ready.chunk_bytes..extent.end().div_ceil(ready.chunk_bytes);
+    if !ready.compared.wants(chunks) {
+        return Ok(Read { extent, bytes: Some(bytes), digests: vec![] });
+    }
+    let (bytes, digests) = hash(bytes, ready.chunk_bytes).await?;
+    Ok(Read { extent, bytes: Some(bytes), digests })
 }
 
 /// Whether all bytes are zero. Reads words from the front, so that data is told from its first bytes.

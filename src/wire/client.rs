@@ -16,10 +16,11 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::contract::{Breach, Promise};
+use super::digests::Digests;
 use super::frame::{self, Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
 use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
-use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session};
+use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Taken};
 use super::reader::{Frame, FrameReader};
 use super::tls::Connector;
 use super::writer::FrameWriter;
@@ -27,6 +28,9 @@ use crate::extent::Extent;
 
 /// Events that wait for the session's owner at most: 8 MiB of data.
 pub const EVENTS_WAITING: usize = 8;
+
+/// Batches of digests that wait to be written.
+const DIGESTS_WAITING: usize = 4;
 
 /// Where a sidecar listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,11 +50,32 @@ impl fmt::Display for Address {
     }
 }
 
+/// How a client connected, to do so again.
+#[derive(Clone, Debug)]
+pub enum Door {
+    /// Without TLS.
+    Plain(Address, Timing),
+    /// With TLS, to `HOST:PORT`.
+    Tls(String, Connector, Timing),
+}
+
+impl Door {
+    /// Connects and says hello.
+    pub async fn enter(&self) -> Result<Client, Failure> {
+        match self {
+            Self::Plain(address, timing) => Client::connect_with(address, *timing).await,
+            Self::Tls(host_port, tls, timing) => Client::connect_tls(host_port, tls, *timing).await,
+        }
+    }
+}
+
 /// A connection to a sidecar, between requests.
 pub struct Client {
     reader: FrameReader,
     writer: FrameWriter,
     timing: Timing,
+    /// How it connected, if it did so itself.
+    door: Option<Door>,
     peer: String,
     software: String,
     version: Version,
@@ -80,7 +105,8 @@ impl Client {
         };
         let connected = timeout(timing.hello, connecting).await;
         let stream = connected.map_err(|_| refused(address, "no answer"))?.map_err(|e| refused(address, e))?;
-        Self::over(stream, timing).await
+        let door = Door::Plain(address.clone(), timing);
+        Ok(Self { door: Some(door), ..Self::over(stream, timing).await? })
     }
 
     /// Connects to `HOST:PORT` with TLS.
@@ -90,7 +116,9 @@ impl Client {
             tls.connect(stream, host_port).await
         };
         let connected = timeout(timing.hello, connecting).await;
-        Self::over(connected.map_err(|_| refused(&host_port, "no answer"))??, timing).await
+        let stream = connected.map_err(|_| refused(&host_port, "no answer"))??;
+        let door = Door::Tls(host_port.to_owned(), tls.clone(), timing);
+        Ok(Self { door: Some(door), ..Self::over(stream, timing).await? })
     }
 
     /// Says hello over a stream that is connected already.
@@ -101,11 +129,17 @@ impl Client {
             reader: FrameReader::new(reader, peer.clone(), MAX_REPLY_BYTES, timing.silence),
             writer: FrameWriter::new(writer, peer.clone()),
             timing,
+            door: None,
             peer,
             software: welcome.software,
             version: welcome.version,
             spent: false,
         })
+    }
+
+    /// How to connect to the same server again; none over a stream that was connected already.
+    pub fn door(&self) -> Option<&Door> {
+        self.door.as_ref()
     }
 
     /// What the server calls itself.
@@ -147,7 +181,9 @@ impl Client {
                 frame = self.reader.next(self.timing.silence) => match frame? {
                     Some(Frame::Alive) => {}
                     Some(Frame::Control(json)) => break read_reply(&json, &self.peer)?,
-                    Some(Frame::Data(..) | Frame::Zero(_)) => return Err(breach(&self.peer, "data without a session")),
+                    Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
+                        return Err(breach(&self.peer, "data without a session"));
+                    }
                     None => return Err(closed(&self.peer)),
                 },
                 _ = alive.tick() => {
@@ -180,8 +216,10 @@ impl Client {
         let promise = Promise::new(&begin, &begun).map_err(|b| breach(&self.peer, &b))?;
         let (to_owner, events) = mpsc::channel(EVENTS_WAITING);
         let (acks, acks_to_send) = mpsc::unbounded_channel();
-        tokio::spawn(self.run(promise, to_owner, acks_to_send));
-        Ok(Session { begun, events, acks })
+        let (digests, digests_to_send) = mpsc::channel(DIGESTS_WAITING);
+        let scans = begun.disks.iter().any(|disk| matches!(disk.taken, Taken::Scan { .. }));
+        tokio::spawn(self.run(promise, to_owner, acks_to_send, digests_to_send));
+        Ok(Session { begun, events, acks, digests: scans.then_some(digests) })
     }
 
     /// The session's task.
@@ -190,11 +228,12 @@ impl Client {
         mut promise: Promise,
         events: mpsc::Sender<Result<Event, Failure>>,
         acks: mpsc::UnboundedReceiver<Ack>,
+        digests: mpsc::Receiver<Digests>,
     ) {
         let Self { mut reader, writer, timing, peer, .. } = self;
         let outcome = tokio::select! {
             outcome = read_events(&mut reader, &mut promise, &events, timing, &peer) => outcome,
-            () = write_acks(writer, acks, timing) => Ok(()),
+            () = write_all(writer, acks, digests, timing) => Ok(()),
             () = events.closed() => Ok(()),
         };
         // The connection closes now, not when somebody takes the last event.
@@ -234,6 +273,11 @@ async fn read_events(
                 promise.place(place).map_err(broke)?;
                 Event::Zero { disk: place.disk, extent: place.extent }
             }
+            Some(Frame::Same(place)) => {
+                promise.same(place).map_err(broke)?;
+                Event::Same { disk: place.disk, extent: place.extent }
+            }
+            Some(Frame::Digests(_)) => return Err(breach(peer, "digests, which only a client sends")),
             Some(Frame::Control(json)) => match read_reply(&json, peer)? {
                 Reply::Sent => {
                     promise.sent().map_err(broke)?;
@@ -254,10 +298,15 @@ async fn read_events(
     }
 }
 
-/// Writes acknowledgements and signs of life. Never returns: what ends a session is seen by the reader, which is told the
+/// Writes acknowledgements, digests and signs of life. Never returns: what ends a session is seen by the reader, which is told the
 /// reason where a failed write is only a symptom.
-async fn write_acks(mut writer: FrameWriter, mut acks: mpsc::UnboundedReceiver<Ack>, timing: Timing) {
-    let mut open = true;
+async fn write_all(
+    mut writer: FrameWriter,
+    mut acks: mpsc::UnboundedReceiver<Ack>,
+    mut digests: mpsc::Receiver<Digests>,
+    timing: Timing,
+) {
+    let (mut open, mut digesting) = (true, true);
     loop {
         tokio::select! {
             ack = acks.recv(), if open => match ack {
@@ -268,6 +317,11 @@ async fn write_acks(mut writer: FrameWriter, mut acks: mpsc::UnboundedReceiver<A
                     }
                 }
                 None => open = false,
+            },
+            batch = digests.recv(), if digesting => match batch.as_ref().map(Encoded::digests) {
+                Some(Ok(frame)) => writer.push(frame),
+                Some(Err(error)) => tracing::error!(%error, "digests cannot be sent"),
+                None => digesting = false,
             },
             () = sleep(timing.alive_every) => writer.push(Encoded::alive()),
         }
@@ -295,7 +349,7 @@ pub(super) fn place_of(event: &Event) -> Option<Place> {
             let extent = Extent { offset_bytes: *offset_bytes, len_bytes: bytes.len() as u64 };
             Some(Place { disk: *disk, extent })
         }
-        Event::Zero { disk, extent } => Some(Place { disk: *disk, extent: *extent }),
+        Event::Zero { disk, extent } | Event::Same { disk, extent } => Some(Place { disk: *disk, extent: *extent }),
         Event::Sent | Event::End(_) => None,
     }
 }

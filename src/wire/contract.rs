@@ -2,17 +2,26 @@
 //!
 //! A client does not believe a server: [`Promise`] holds its events to what [`Event`](super::message::Event) promises, so
 //! that a rogue or broken one can spoil nothing but its own session. A server does not believe a client: [`Acks`] lets
-//! it acknowledge what was sent, and each byte once, so that acknowledgements cannot pile up without end.
+//! it acknowledge what was sent, and each byte once, so that acknowledgements cannot pile up without end; [`Given`] holds
+//! its digests to their order.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::digests::Digests;
 use super::frame::{MAX_ACK_EXTENTS, Place};
-use super::message::{Ack, Begin, Begun};
+use super::message::{Ack, Begin, Begun, Taken};
 use crate::extent::Extent;
 use crate::limits::{MAX_CHUNK_BYTES, MAX_DISK_BYTES, MAX_DISKS, MAX_NAME_BYTES, MIN_CHUNK_BYTES};
 
 /// What was broken, in words to be read after "the peer broke the protocol:".
 pub type Breach = String;
+
+/// Chunks of a disk that an audit may always have: some 2 MiB to be read.
+pub const AUDIT_FLOOR_CHUNKS: u64 = 16;
+/// Most chunks of one audit: half a request.
+pub const MAX_AUDIT_CHUNKS: usize = 4096;
+const _: () =
+    assert!(MAX_AUDIT_CHUNKS * r#"{"chunk":,"digest":""},"#.len() + MAX_AUDIT_CHUNKS * (20 + 64) <= 512 * 1024);
 
 /// Checks what a client asks for.
 pub fn check_begin(begin: &Begin) -> Result<(), Breach> {
@@ -21,6 +30,15 @@ pub fn check_begin(begin: &Begin) -> Result<(), Breach> {
             "chunks of {} bytes; {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} are allowed",
             begin.chunk_bytes
         ));
+    }
+    if begin.digests.len() > MAX_DISKS {
+        return Err(format!("digests of {} disks; {MAX_DISKS} are the most", begin.digests.len()));
+    }
+    if let Some(audit) = &begin.audit {
+        let chunks = audit.disks.values().map(Vec::len).fold(0, usize::saturating_add);
+        if audit.disks.len() > MAX_DISKS || chunks > MAX_AUDIT_CHUNKS {
+            return Err(format!("an audit of {chunks} chunks; {MAX_AUDIT_CHUNKS} are the most"));
+        }
     }
     Ok(())
 }
@@ -44,6 +62,8 @@ struct Promised {
     size_bytes: u64,
     /// No further byte of the disk may lie before this.
     next_bytes: u64,
+    /// Whether bytes may be said to be the same: the client gave digests.
+    compared: bool,
 }
 
 impl Promise {
@@ -64,9 +84,29 @@ impl Promise {
                 return Err(format!("disk {name:?} with an impossible size of {size} bytes"));
             }
         }
-        let promised = |size_bytes| Promised { size_bytes, next_bytes: 0 };
-        let disks = begun.disks.iter().map(|d| promised(d.disk.size_bytes)).collect();
+        let mut disks = Vec::with_capacity(begun.disks.len());
+        for one in &begun.disks {
+            let (name, size_bytes) = (&one.disk.name, one.disk.size_bytes);
+            let scanned = matches!(one.taken, Taken::Scan { .. });
+            if scanned && !begin.digests.contains(name) {
+                return Err(format!("a scan of disk {name:?}, of which no digests were offered"));
+            }
+            let audit = begin.audit.as_ref().and_then(|audit| audit.disks.get(name)).map_or(0, Vec::len);
+            if one.audited_chunks > audit as u64 {
+                return Err(format!("an audit of {} chunks of disk {name:?}; {audit} were given", one.audited_chunks));
+            }
+            disks.push(Promised { size_bytes, next_bytes: 0, compared: scanned || one.audited_chunks > 0 });
+        }
         Ok(Self { chunk_bytes: begin.chunk_bytes.into(), disks, sent: false })
+    }
+
+    /// Checks that bytes may be said to be the same.
+    pub fn same(&mut self, place: Place) -> Result<(), Breach> {
+        self.place(place)?;
+        match self.disks.get(usize::from(place.disk)) {
+            Some(disk) if disk.compared => Ok(()),
+            _ => Err(format!("{} of disk {} as the same, which was not to be compared", place.extent, place.disk)),
+        }
     }
 
     /// Checks a data or zero event.
@@ -99,6 +139,48 @@ impl Promise {
     /// Checks the end.
     pub fn end(&self) -> Result<(), Breach> {
         if self.sent { Ok(()) } else { Err("the end before all was sent".to_owned()) }
+    }
+}
+
+/// In which order a client gives digests.
+#[derive(Debug)]
+pub struct Given {
+    /// Disks that are scanned: index, and how many chunks they have.
+    scans: Vec<(u16, u64)>,
+    /// Which of them it is at.
+    at: usize,
+    /// The chunk that no digest may lie before.
+    next_chunk: u64,
+}
+
+impl Given {
+    /// For the session that was begun in answer to `begin`.
+    pub fn new(begin: &Begin, begun: &Begun) -> Self {
+        let scanned = |(_, disk): &(usize, &super::message::BegunDisk)| matches!(disk.taken, Taken::Scan { .. });
+        let chunks = |size_bytes: u64| size_bytes.div_ceil(begin.chunk_bytes.into());
+        let disks = begun.disks.iter().enumerate().filter(scanned);
+        let scans = disks.map(|(i, disk)| (i as u16, chunks(disk.disk.size_bytes))).collect();
+        Self { scans, at: 0, next_chunk: 0 }
+    }
+
+    /// Checks a batch.
+    pub fn take(&mut self, digests: &Digests) -> Result<(), Breach> {
+        let Digests { disk, first_chunk, .. } = *digests;
+        let Some((_, chunks)) = self.scans.get(self.at).filter(|(scanned, _)| *scanned == disk) else {
+            return Err(format!("digests of disk {disk}, which is not the one to be scanned now"));
+        };
+        if first_chunk < self.next_chunk || digests.end_chunk() > *chunks {
+            let end = digests.end_chunk();
+            return Err(format!("digests of chunks {first_chunk}..{end}; {}..{chunks} are left", self.next_chunk));
+        }
+        self.next_chunk = digests.end_chunk();
+        if digests.digests.is_empty() {
+            if first_chunk != *chunks {
+                return Err(format!("the end of the digests of disk {disk} at chunk {first_chunk} of {chunks}"));
+            }
+            (self.at, self.next_chunk) = (self.at + 1, 0);
+        }
+        Ok(())
     }
 }
 

@@ -12,10 +12,12 @@
 //!                   codec 0: the bytes as they are, raw_len of them
 //! kind 3, zero      payload = disk u16 ‖ reserved [6] = 0 ‖ offset u64 ‖ len u64
 //! kind 4, alive     payload = nothing
+//! kind 5, digests   from a client; payload: see `digests`
+//! kind 6, same      payload as that of zero
 //! ```
 //!
 //! Bounds: control at most 1 MiB from a client and 4 MiB from a server; data 1 to 2^20 bytes; an extent is not empty and
-//! ends at 2^56 at most. Anything else, a reserved field that is not zero included, ends the connection.
+//! ends at 2^56 at most. Kinds 5 and 6 come only where `Begin` and `Begun` agreed on a scan or an audit. Anything else, a reserved field that is not zero included, ends the connection.
 //!
 //! Reasons. A checksum in every frame finds what TCP's 16 bits let through, at 10 GiB/s and more. The length is covered by
 //! the checksum but has to be used before that can be checked, so it has tight bounds by kind. A client's control
@@ -27,6 +29,7 @@ use crc32fast::Hasher;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::digests::{DIGEST_BYTES, DIGESTS_HEAD_BYTES, Digests, MAX_DIGESTS};
 use crate::extent::Extent;
 use crate::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
 use crate::units::MIB;
@@ -50,7 +53,10 @@ const MAX_DATA_PAYLOAD: u32 = MAX_READ_BYTES as u32 + DATA_HEAD_BYTES as u32;
 const MAX_EXTENT_JSON: usize = 2 * 20 + r#"{"offset_bytes":,"len_bytes":},"#.len();
 
 const _: () = assert!(MAX_ACK_EXTENTS * MAX_EXTENT_JSON + 256 <= MAX_REQUEST_BYTES as usize);
+const MAX_DIGESTS_PAYLOAD: u32 = (DIGESTS_HEAD_BYTES + MAX_DIGESTS * DIGEST_BYTES) as u32;
+
 const _: () = assert!(CHECKED_BYTES + 4 == HEAD_BYTES);
+const _: () = assert!(DIGESTS_HEAD_BYTES <= ZERO_BYTES && MAX_DIGESTS * DIGEST_BYTES <= MAX_READ_BYTES as usize);
 
 /// Kinds of frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +70,10 @@ pub enum Kind {
     Zero = 3,
     /// Nothing but a sign of life.
     Alive = 4,
+    /// What a client knows of a disk's chunks.
+    Digests = 5,
+    /// Bytes of a disk that are as the client knows them.
+    Same = 6,
 }
 
 /// A frame that was not taken, or cannot be made.
@@ -97,6 +107,14 @@ pub enum FrameError {
         /// How long.
         len_bytes: u64,
     },
+    /// Digests of chunks that no disk has, or too many.
+    #[error("{count} digests from chunk {first_chunk} on, outside of what is allowed")]
+    Digests {
+        /// The chunk of the first.
+        first_chunk: u64,
+        /// How many.
+        count: u32,
+    },
     /// A control payload that is no message.
     #[error("a control message that cannot be read: {0}")]
     Json(String),
@@ -124,6 +142,8 @@ impl Head {
             2 => Kind::Data,
             3 => Kind::Zero,
             4 => Kind::Alive,
+            5 => Kind::Digests,
+            6 => Kind::Same,
             other => return Err(FrameError::Kind(other)),
         };
         if (flags, r0, r1) != (0, 0, 0) {
@@ -132,8 +152,9 @@ impl Head {
         let allowed = match kind {
             Kind::Control => 1..=max_control_bytes,
             Kind::Data => DATA_HEAD_BYTES as u32 + 1..=MAX_DATA_PAYLOAD,
-            Kind::Zero => ZERO_BYTES as u32..=ZERO_BYTES as u32,
+            Kind::Zero | Kind::Same => ZERO_BYTES as u32..=ZERO_BYTES as u32,
             Kind::Alive => 0..=0,
+            Kind::Digests => DIGESTS_HEAD_BYTES as u32..=MAX_DIGESTS_PAYLOAD,
         };
         if !allowed.contains(&payload_bytes) {
             return Err(FrameError::Length { kind, len_bytes: payload_bytes.into() });
@@ -147,7 +168,8 @@ impl Head {
     pub fn fixed_bytes(&self) -> usize {
         match self.kind {
             Kind::Data => DATA_HEAD_BYTES,
-            Kind::Zero => ZERO_BYTES,
+            Kind::Zero | Kind::Same => ZERO_BYTES,
+            Kind::Digests => DIGESTS_HEAD_BYTES,
             Kind::Control | Kind::Alive => 0,
         }
     }
@@ -194,7 +216,7 @@ impl Place {
         Self::checked(u16::from_le_bytes([d0, d1]), offset, raw_len.into())
     }
 
-    /// Reads a zero frame's payload.
+    /// Reads the payload of a zero or same frame.
     pub fn decode_zero(fixed: &[u8; ZERO_BYTES]) -> Result<Self, FrameError> {
         let [d0, d1, r0, r1, r2, r3, r4, r5, rest @ ..] = *fixed;
         let [o0, o1, o2, o3, o4, o5, o6, o7, l0, l1, l2, l3, l4, l5, l6, l7] = rest;
@@ -261,12 +283,27 @@ impl Encoded {
 
     /// A zero frame.
     pub fn zero(disk: u16, extent: Extent) -> Result<Self, FrameError> {
+        Self::extent(Kind::Zero, disk, extent)
+    }
+
+    /// A same frame.
+    pub fn same(disk: u16, extent: Extent) -> Result<Self, FrameError> {
+        Self::extent(Kind::Same, disk, extent)
+    }
+
+    /// A digests frame.
+    pub fn digests(digests: &Digests) -> Result<Self, FrameError> {
+        let (fixed, body) = digests.encode();
+        Digests::decode_head(&fixed).map(|_| Self::new(Kind::Digests, &fixed, body))
+    }
+
+    fn extent(kind: Kind, disk: u16, extent: Extent) -> Result<Self, FrameError> {
         Place::checked(disk, extent.offset_bytes, extent.len_bytes)?;
         let mut fixed = [0; ZERO_BYTES];
         fixed[..2].copy_from_slice(&disk.to_le_bytes());
         fixed[8..16].copy_from_slice(&extent.offset_bytes.to_le_bytes());
         fixed[16..].copy_from_slice(&extent.len_bytes.to_le_bytes());
-        Ok(Self::new(Kind::Zero, &fixed, Bytes::new()))
+        Ok(Self::new(kind, &fixed, Bytes::new()))
     }
 
     /// A sign of life.

@@ -38,7 +38,7 @@ const _: () = assert!(SOFTWARE.len() <= MAX_SOFTWARE_BYTES);
 const _: () = assert!(!Version::KNOWN.is_empty() && Version::KNOWN.len() <= MAX_VERSIONS);
 
 /// History of the protocol. A change of frames or of the meaning of messages is a new version; a new optional field of a
-/// message is not.
+/// message is not, nor are frames that come only where such a field asked for them (those of a scan).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u16)]
 pub enum Version {

@@ -3,13 +3,14 @@
 //!
 //! The same types are spoken inside one process, where no frame is made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use super::digests::{ChunkDigest, Digests};
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
 use crate::machine::{Disk, FoundDisk, Machine};
@@ -72,6 +73,33 @@ pub struct Begin {
     /// Whether the guest's file systems are frozen around the instant; as the sidecar is configured when absent.
     #[serde(default)]
     pub freeze: Option<Policy>,
+    /// Disks of which the client can give the digests of an earlier point, of the same size and chunk size: where such a
+    /// disk would be sent whole, it is scanned. A sidecar that does not know this field sends it whole.
+    #[serde(default)]
+    pub digests: BTreeSet<String>,
+    /// Chunks to be confirmed by the way, of disks that are sent since a checkpoint.
+    #[serde(default)]
+    pub audit: Option<Audit>,
+}
+
+/// What a client would like to have confirmed: that chunks that nobody is said to have written are still as it knows them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Audit {
+    /// Of a disk not more chunks than so many thousandths of those that it needs anyway, but
+    /// [`AUDIT_FLOOR_CHUNKS`](super::contract::AUDIT_FLOOR_CHUNKS) at least.
+    pub permille: u32,
+    /// By disk the chunks, in the order in which they are wanted; not more than
+    /// [`MAX_AUDIT_CHUNKS`](super::contract::MAX_AUDIT_CHUNKS) in all.
+    pub disks: BTreeMap<String, Vec<AuditChunk>>,
+}
+
+/// A chunk to be confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditChunk {
+    /// Its number.
+    pub chunk: u64,
+    /// What it should be.
+    pub digest: ChunkDigest,
 }
 
 /// What the client says is durable.
@@ -208,6 +236,11 @@ pub enum Taken {
         /// The client's checkpoint.
         since: CheckpointId,
     },
+    /// All is read, and what differs from the client's digests is sent; and why.
+    Scan {
+        /// In a sentence.
+        reason: String,
+    },
 }
 
 /// The instant is behind us.
@@ -239,8 +272,12 @@ pub struct BegunDisk {
     pub epoch: Option<EpochId>,
     /// Whole or since a checkpoint.
     pub taken: Taken,
-    /// Bytes of the needed set.
+    /// Bytes of the needed set; of a scan, all of the disk.
     pub needed_bytes: u64,
+    /// Of the chunks to be confirmed the first so many were taken up: those that turn out to be written are sent, the rest
+    /// is compared.
+    #[serde(default)]
+    pub audited_chunks: u64,
 }
 
 /// What a session did.
@@ -250,6 +287,9 @@ pub struct Totals {
     pub data_bytes: u64,
     /// Bytes sent as zeroes.
     pub zero_bytes: u64,
+    /// Bytes that were read and are as the client knows them.
+    #[serde(default)]
+    pub same_bytes: u64,
     /// Most scratch that was in use at once.
     pub scratch_peak_bytes: u64,
     /// From the request to the instant, in microseconds.
@@ -279,6 +319,9 @@ pub enum FailureCode {
     Qemu,
     /// The fleece broke: no more data of this instant can be had. The guest is well.
     Broken,
+    /// A chunk that nobody is said to have written is not as the client knows it: tracking missed a write. The disk's
+    /// epoch has ended.
+    AuditMismatch,
     /// Not enough space for scratch or state.
     NoSpace,
     /// The peer broke the protocol, or its version is not ours.
@@ -306,12 +349,15 @@ pub struct Failure {
     pub code: FailureCode,
     /// The words.
     pub message: String,
+    /// Which disk, where a program must know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
 }
 
 impl Failure {
     /// A failure of this kind.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), disk: None }
     }
 }
 
@@ -335,6 +381,14 @@ pub enum Event {
         /// Which bytes.
         extent: Extent,
     },
+    /// These bytes of a disk are as the client knows them: by the digests that it gives for a scan, or by those of an audit.
+    /// Aligned as data is; of any length.
+    Same {
+        /// Index of the disk.
+        disk: u16,
+        /// Which bytes.
+        extent: Extent,
+    },
     /// All was sent; the fleece is being closed.
     Sent,
     /// The fleece is closed. The last event.
@@ -350,4 +404,7 @@ pub struct Session {
     pub events: mpsc::Receiver<Result<Event, Failure>>,
     /// Acknowledgements. Dropping the session ends it: the sidecar closes the fleece.
     pub acks: mpsc::UnboundedSender<Ack>,
+    /// Where digests go, if a disk is scanned, in the order that [`digests`](super::digests) asks for. When it is dropped
+    /// early, what is left is sent whatever it holds.
+    pub digests: Option<mpsc::Sender<Digests>>,
 }

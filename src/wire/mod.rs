@@ -8,7 +8,8 @@
 //!                            ◄─────────    Reply::Disks, …   one request at a time, as many as one likes
 //!   Request::Begin           ─────────►
 //!                            ◄─────────    Reply::Begun      the instant is behind us
-//!                            ◄─────────    Data, Zero …      as fast as the client reads
+//!                            ◄─────────    Data, Zero, Same … as fast as the client reads
+//!   Digests …                ─────────►                      of disks that are scanned, as fast as the sidecar reads
 //!   Request::Ack …           ─────────►                      at any time, no answer
 //!                            ◄─────────    Reply::Sent
 //!                            ◄─────────    Reply::End        the last frame; the connection is closed
@@ -23,6 +24,7 @@
 
 pub mod client;
 pub mod contract;
+pub mod digests;
 pub mod frame;
 pub mod hello;
 pub mod link;
@@ -33,6 +35,6 @@ pub mod server;
 pub mod tls;
 pub mod writer;
 
-pub use client::{Address, Client};
+pub use client::{Address, Client, Door};
 pub use link::{Stream, Timing};
 pub use server::{Answer, serve_connection};

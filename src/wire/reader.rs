@@ -11,6 +11,7 @@ use crc32fast::Hasher;
 use tokio::io::{AsyncRead, AsyncReadExt, BufReader};
 use tokio::time::{Instant, timeout_at};
 
+use super::digests::Digests;
 use super::frame::{FrameError, HEAD_BYTES, Head, Kind, Place, ZERO_BYTES};
 use super::link::LinkError;
 use super::pool::{Buffer, Pool};
@@ -24,6 +25,10 @@ pub enum Frame {
     Data(Place, Bytes),
     /// Zeroes of a disk.
     Zero(Place),
+    /// Bytes of a disk that are as the client knows them.
+    Same(Place),
+    /// What a client knows of a disk's chunks.
+    Digests(Digests),
     /// A sign of life.
     Alive,
 }
@@ -60,6 +65,7 @@ enum Rest {
     None,
     Control(Vec<u8>),
     Data(Place, Buffer),
+    Digests(Digests, Buffer),
 }
 
 impl FrameReader {
@@ -147,6 +153,15 @@ async fn hear(
     Ok(n)
 }
 
+/// A batch of digests that has none: nothing made room for its rest.
+fn empty_batch(fixed: &[u8; ZERO_BYTES], payload_bytes: u32) -> Result<Digests, FrameError> {
+    let head = fixed.first_chunk().expect("a head of digests is shorter than a zero payload");
+    match Digests::decode_head(head)? {
+        (batch, 0) => Ok(batch),
+        _ => Err(FrameError::Length { kind: Kind::Digests, len_bytes: payload_bytes.into() }),
+    }
+}
+
 impl Open {
     fn new(head: &[u8; HEAD_BYTES], max_control_bytes: u32) -> Result<Self, FrameError> {
         let (head, hasher) = Head::decode(head, max_control_bytes)?;
@@ -174,12 +189,21 @@ impl Open {
                     json.resize(rest_bytes.min(self.rest_have + CONTROL_STEP_BYTES), 0);
                 }
             }
+            Rest::None if self.head.kind == Kind::Digests => {
+                let fixed = self.fixed.first_chunk().expect("a head of digests is shorter than a zero payload");
+                let (batch, len) = Digests::decode_head(fixed)?;
+                if len != rest_bytes {
+                    let len_bytes = self.head.payload_bytes.into();
+                    return Err(FrameError::Length { kind: Kind::Digests, len_bytes });
+                }
+                self.rest = Rest::Digests(batch, pool.take(rest_bytes));
+            }
             Rest::None => {
                 let fixed = self.fixed.first_chunk().expect("a data head is shorter than a zero payload");
                 let place = Place::decode_data(fixed, self.head.payload_bytes)?;
                 self.rest = Rest::Data(place, pool.take(rest_bytes));
             }
-            Rest::Data(..) => {}
+            Rest::Data(..) | Rest::Digests(..) => {}
         }
         Ok(())
     }
@@ -192,7 +216,7 @@ impl Open {
         }
         match &mut self.rest {
             Rest::Control(json) => &mut json[self.rest_have..],
-            Rest::Data(_, buffer) => &mut buffer.bytes_mut()[self.rest_have..],
+            Rest::Data(_, buffer) | Rest::Digests(_, buffer) => &mut buffer.bytes_mut()[self.rest_have..],
             Rest::None => &mut [],
         }
     }
@@ -214,6 +238,9 @@ impl Open {
         Ok(match (self.head.kind, self.rest) {
             (_, Rest::Control(json)) => Frame::Control(json),
             (_, Rest::Data(place, buffer)) => Frame::Data(place, buffer.freeze()),
+            (_, Rest::Digests(batch, buffer)) => Frame::Digests(batch.with(buffer.as_ref())),
+            (Kind::Digests, Rest::None) => Frame::Digests(empty_batch(&self.fixed, self.head.payload_bytes)?),
+            (Kind::Same, Rest::None) => Frame::Same(Place::decode_zero(&self.fixed)?),
             (Kind::Zero, Rest::None) => Frame::Zero(Place::decode_zero(&self.fixed)?),
             (_, Rest::None) => Frame::Alive,
         })

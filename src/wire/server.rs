@@ -16,7 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::client::place_of;
-use super::contract::{Acks, check_begin};
+use super::contract::{Acks, Given, check_begin};
+use super::digests::Digests;
 use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use super::hello;
 use super::link::{Stream, Timing, every};
@@ -118,7 +119,10 @@ impl Connection {
     fn request(&self, frame: Frame) -> Result<Request, Failure> {
         match frame {
             Frame::Control(json) => frame::decode_control(&json).map_err(|e| self.breach(&e.to_string())),
-            Frame::Data(..) | Frame::Zero(_) | Frame::Alive => Err(self.breach("data, which only a server sends")),
+            Frame::Digests(_) => Err(self.breach("digests without a scan")),
+            Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Alive => {
+                Err(self.breach("data, which only a server sends"))
+            }
         }
     }
 
@@ -158,14 +162,15 @@ impl Connection {
 
     /// Carries a session to its end.
     async fn session(&mut self, begin: &Begin, session: Session) -> Result<(), Failure> {
-        let Session { begun, mut events, acks: to_sidecar } = session;
+        let Session { begun, mut events, acks: to_sidecar, digests } = session;
         let acks = Acks::new(begin, &begun);
+        let digests = digests.map(|to_sidecar| (Given::new(begin, &begun), to_sidecar));
         let reply = Reply::Begun(Box::new(begun));
         self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
         let Self { reader, writer, timing, peer } = self;
         tokio::select! {
             pumped = pump(writer, &mut events, &acks, timing.alive_every) => pumped?,
-            failure = take_acks(reader, &to_sidecar, &acks, timing.silence, peer) => return Err(failure),
+            failure = take(reader, &to_sidecar, &acks, digests, timing.silence, peer) => return Err(failure),
         }
         // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
         // since closing a socket with unread bytes would throw away what the client has not read yet.
@@ -243,6 +248,7 @@ fn push_event(writer: &mut FrameWriter, event: Event, acks: &Acks) -> Result<(),
     let frame = match event {
         Event::Data { disk, offset_bytes, bytes } => Encoded::data(disk, offset_bytes, bytes),
         Event::Zero { disk, extent } => Encoded::zero(disk, extent),
+        Event::Same { disk, extent } => Encoded::same(disk, extent),
         Event::Sent => Encoded::control(&Reply::Sent, MAX_REPLY_BYTES),
         Event::End(totals) => Encoded::control(&Reply::End(totals), MAX_REPLY_BYTES),
     };
@@ -250,11 +256,13 @@ fn push_event(writer: &mut FrameWriter, event: Event, acks: &Acks) -> Result<(),
     Ok(())
 }
 
-/// Hands acknowledgements over until the client leaves or misbehaves.
-async fn take_acks(
+/// Hands acknowledgements and digests over until the client leaves or misbehaves. While the sidecar has digests enough,
+/// nothing is read.
+async fn take(
     reader: &mut FrameReader,
     to_sidecar: &mpsc::UnboundedSender<Ack>,
     acks: &Acks,
+    mut digests: Option<(Given, mpsc::Sender<Digests>)>,
     silence: Duration,
     peer: &str,
 ) -> Failure {
@@ -264,7 +272,19 @@ async fn take_acks(
         let json = match reader.next(silence).await {
             Ok(Some(Frame::Control(json))) => json,
             Ok(Some(Frame::Alive)) => continue,
-            Ok(Some(Frame::Data(..) | Frame::Zero(_))) => return breach("data, which only a server sends"),
+            Ok(Some(Frame::Digests(batch))) => {
+                let Some((given, to_sidecar)) = &mut digests else { return breach("digests without a scan") };
+                if let Err(what) = given.take(&batch) {
+                    return breach(&what);
+                }
+                // A sidecar that is gone says so in the events.
+                let _ = to_sidecar.send(batch).await;
+                reader.resume();
+                continue;
+            }
+            Ok(Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_))) => {
+                return breach("data, which only a server sends");
+            }
             // A client may close as soon as it has the end, before the pump knows that it was written.
             Ok(None) if acks.are_over() => {
                 sleep(silence).await;

@@ -59,7 +59,9 @@ pub fn manifest(vm: &str, disks: &[(&str, Image)]) -> Manifest {
         epoch: None,
         taken: Taken::Full { reason: "a test".to_owned() },
         read_bytes: image.size_bytes,
+        same_bytes: 0,
         stored_bytes: 0,
+        audit: None,
     };
     Manifest {
         id: PointId::random(),

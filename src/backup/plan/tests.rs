@@ -31,7 +31,9 @@ fn point(level: Level, disks: &[(&str, u64)]) -> Manifest {
         epoch: None,
         taken: Taken::Full { reason: String::new() },
         read_bytes: 0,
+        same_bytes: 0,
         stored_bytes: 0,
+        audit: None,
     };
     let now = jiff::Timestamp::now();
     Manifest {

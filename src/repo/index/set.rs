@@ -11,6 +11,7 @@ use memmap2::Mmap;
 
 use crate::durable::TEMPORARY_ENDING;
 use crate::repo::blob::Placed;
+use crate::repo::damage::{self, Marks};
 use crate::repo::digest::Digest;
 use crate::repo::error::{FormatError, RepoError};
 use crate::repo::index::format::{Header, PackRef, View};
@@ -25,6 +26,8 @@ pub struct IndexFile {
     header: Header,
     /// Numbers of packs that are not there, or not whole; filled for writers only.
     absent: HashSet<u32>,
+    /// What is marked as damaged; filled for writers only.
+    marks: Arc<Marks>,
 }
 
 impl IndexFile {
@@ -35,7 +38,7 @@ impl IndexFile {
         // one leaves the mapping valid. Whatever the bytes are, `View` checks every access.
         let map = unsafe { Mmap::map(&file) }.map_err(RepoError::io("map the index", path))?;
         let header = Header::decode(&map).map_err(|e| e.at("index", path))?;
-        Ok(Self { path: path.to_owned(), map, header, absent: HashSet::new() })
+        Ok(Self { path: path.to_owned(), map, header, absent: HashSet::new(), marks: Arc::default() })
     }
 
     /// Its path.
@@ -51,6 +54,11 @@ impl IndexFile {
     /// Adds which file it was to a format error.
     pub fn error(&self, error: FormatError) -> RepoError {
         error.at("index", &self.path)
+    }
+
+    /// Whether the blob is marked as damaged there.
+    fn is_marked(&self, location: &Location) -> bool {
+        self.marks.has(location.pack, location.placed.offset_bytes)
     }
 
     /// Whether the pack was found missing or cut short.
@@ -116,10 +124,12 @@ impl IndexSet {
         errors.into_iter().next().map_or(Ok(this), Err)
     }
 
-    /// Opens all index files for a writer: packs that are missing or not of the recorded length count as not there, so
-    /// that nothing new comes to depend on them and what was lost with them is stored again.
+    /// Opens all index files for a writer: packs that are missing or not of the recorded length count as not there, and so
+    /// do blobs that are marked as damaged, so that nothing new comes to depend on them and what was lost with them is stored
+    /// again.
     pub fn open_for_writer(layout: &Layout) -> Result<Self, RepoError> {
         let mut this = Self::open(layout)?;
+        let marks = Arc::new(damage::load(layout)?);
         for file in &mut this.files {
             let mut absent = HashSet::new();
             for n in 0..file.header.packs {
@@ -132,6 +142,7 @@ impl IndexSet {
             }
             if let Some(file) = Arc::get_mut(file) {
                 file.absent = absent;
+                file.marks = marks.clone();
             }
         }
         Ok(this)
@@ -167,7 +178,7 @@ impl IndexSet {
         Ok(packs)
     }
 
-    /// All places of a digest, the newest index first. Packs that are known to be absent are left out.
+    /// All places of a digest, the newest index first. What is known to be absent or damaged is left out.
     pub fn find_all<'a>(&'a self, digest: &Digest) -> impl Iterator<Item = Result<Location, RepoError>> + use<'a> {
         let digest = *digest;
         self.files.iter().enumerate().flat_map(move |(number, file)| {
@@ -175,7 +186,7 @@ impl IndexSet {
                 let located = entry.and_then(|entry| {
                     let pack = file.view().pack(entry.pack)?;
                     let location = Location { pack: pack.id, placed: entry.placed, entry: (number as u32, n) };
-                    Ok((!file.is_absent(entry.pack)).then_some(location))
+                    Ok((!file.is_absent(entry.pack) && !file.is_marked(&location)).then_some(location))
                 });
                 located.map_err(|e| file.error(e)).transpose()
             })

@@ -3,6 +3,9 @@
 //! One node a level is open: the path to where we are. A node is stored when we have moved past it, and only if it differs
 //! from the base's. So memory is a few nodes, whatever the disk's size, and the cost follows the leaves touched.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::tree::{FANOUT, FANOUT_BITS, Image, Node, NodeSource, span};
@@ -22,6 +25,24 @@ pub struct TreeBuilder {
     /// By level. If one is open, all above are, on the path to it.
     open: Vec<Option<OpenNode>>,
     next_chunk: u64,
+    /// Nodes of the base that cannot be read and count as empty: everything below them is set anew.
+    broken: Arc<Broken>,
+}
+
+/// Nodes of a base that are known to be unreadable.
+#[derive(Debug, Default)]
+pub struct Broken(Mutex<HashSet<Digest>>);
+
+impl Broken {
+    /// Adds a node.
+    pub fn add(&self, node: Digest) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(node);
+    }
+
+    /// Whether a node is known to be unreadable.
+    pub fn has(&self, node: &Digest) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(node)
+    }
 }
 
 /// What a builder needs from outside: nodes of the base, and a place for new ones.
@@ -34,7 +55,13 @@ impl TreeBuilder {
     /// Begins from `base`: what is not touched stays as it is there.
     pub fn new(base: Image) -> Self {
         let depth = base.depth();
-        Self { image: base, depth, open: (0..depth).map(|_| None).collect(), next_chunk: 0 }
+        Self { image: base, depth, open: (0..depth).map(|_| None).collect(), next_chunk: 0, broken: Arc::default() }
+    }
+
+    /// Begins from a base of which some nodes are known to be unreadable, or get known before anything below them is set.
+    /// They count as empty, so all that lies below them must be set.
+    pub fn healing(base: Image, broken: Arc<Broken>) -> Self {
+        Self { broken, ..Self::new(base) }
     }
 
     /// Sets the digests of the chunks from `first` on. Calls come in ascending order and do not overlap.
@@ -102,6 +129,7 @@ impl TreeBuilder {
             let parent = self.open[level as usize + 1].as_ref();
             parent.map_or(Digest::ZERO, |parent| parent.node.0[number as usize % FANOUT])
         };
+        let base = if self.broken.has(&base) { Digest::ZERO } else { base };
         let node = if base.is_zero() { Node::zero() } else { store.node(&base)? };
         self.open[level as usize] = Some(OpenNode { number, base, node });
         Ok(())

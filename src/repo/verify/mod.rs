@@ -5,11 +5,13 @@
 //!    index entry (`marks`), which bounds memory: 1 MiB for 8 Mi chunks.
 //! 3. Marked blobs are read in the order in which they lie in packs, on all processors, each once (`read`).
 //! 4. If something is damaged, the trees are walked again to say which bytes of which disk of which point it takes.
+//! 5. Damaged places are [marked](crate::repo::damage), so that the next backup that sees their bytes stores them anew.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use crate::extent::Extent;
+use crate::repo::damage::{self, Mark};
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::index::set::IndexSet;
@@ -18,7 +20,7 @@ use crate::repo::point::Manifest;
 use crate::repo::reader::Reader;
 use crate::repo::repository::Repository;
 use crate::repo::tree::walk::{walk, walk_if};
-use crate::units::PointId;
+use crate::units::{PackId, PointId};
 
 mod marks;
 mod read;
@@ -93,6 +95,8 @@ pub struct Report {
     pub damage: Vec<Damage>,
     /// Damages beyond that.
     pub unreported: u64,
+    /// All damaged blobs that were read.
+    places: Vec<(PackId, Mark)>,
 }
 
 impl Report {
@@ -146,6 +150,10 @@ pub fn verify(repo: &Repository, scope: Scope<'_>, mut progress: impl FnMut(Prog
     drop(marks);
     if matches!(scope, Scope::Everything) || !damaged.is_empty() {
         name_affected(&reader, points, &mut report, &mut damaged);
+    }
+    // What was found is told, also where it cannot be marked: on a medium that is read-only, say.
+    if let Err(error) = damage::record(repo.layout(), &report.places, matches!(scope, Scope::Everything)) {
+        tracing::warn!(%error, "what is damaged cannot be marked: backups may go on to rely on it");
     }
     Ok(report)
 }

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::limits::MAX_CHUNK_BYTES;
+use crate::repo::damage::Mark;
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::index::set::Location;
@@ -26,6 +27,7 @@ type Run = Vec<(Digest, Location)>;
 
 struct Found {
     digest: Digest,
+    location: Location,
     error: RepoError,
     intact_copy: bool,
 }
@@ -69,7 +71,8 @@ pub(super) fn read_marked(
     report.stored_bytes = counts.stored_bytes.into_inner();
     report.raw_bytes = counts.raw_bytes.into_inner();
     progress(Progress { done_bytes: report.stored_bytes, total_bytes });
-    for Found { digest, error, intact_copy } in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    for Found { digest, location, error, intact_copy } in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        report.places.push((location.pack, Mark { offset_bytes: location.placed.offset_bytes, digest }));
         let number = report.add(error, intact_copy);
         // What has an intact copy can be read: nothing rests on the damaged one.
         if !intact_copy {
@@ -156,7 +159,7 @@ fn work(reader: &Reader, receiver: &Mutex<Receiver<Run>>, counts: &Counts, found
                 let out = &mut out[..location.placed.raw_len as usize];
                 if let Err(error) = reader.read_at(scratch, digest, location, out) {
                     let intact_copy = reader.read_into(scratch, digest, out).is_ok();
-                    let one = Found { digest: *digest, error, intact_copy };
+                    let one = Found { digest: *digest, location: *location, error, intact_copy };
                     found.lock().unwrap_or_else(PoisonError::into_inner).push(one);
                 }
             }

@@ -36,8 +36,10 @@ use crate::repo::index::set::IndexSet;
 use crate::repo::journal::{self, Journal};
 use crate::repo::layout::Layout;
 use crate::repo::lock::{self, Lock};
+use crate::repo::reader::Reader;
 use crate::repo::reader::image::processors;
 use crate::repo::tree::Image;
+use crate::repo::tree::build::Broken;
 use crate::units::MIB;
 
 mod append;
@@ -178,6 +180,28 @@ impl Writer {
     /// Adds a disk. With a base, what is not put stays as it is there; else it is zero. The base must be of the same
     /// size and chunk size. May block for a moment.
     pub fn disk(&self, size_bytes: u64, chunk_bytes: u32, base: Option<Image>) -> Result<DiskHandle, RepoError> {
+        self.add_disk(size_bytes, chunk_bytes, base, Arc::default())
+    }
+
+    /// Adds a disk with a base of which nodes may turn out to be unreadable. They must be known before anything below
+    /// them is put, and then all of it must be: an [`Offer`](crate::repo::offer::Offer) sees to that.
+    pub fn scanned_disk(
+        &self,
+        size_bytes: u64,
+        chunk_bytes: u32,
+        base: Image,
+        broken: Arc<Broken>,
+    ) -> Result<DiskHandle, RepoError> {
+        self.add_disk(size_bytes, chunk_bytes, Some(base), broken)
+    }
+
+    fn add_disk(
+        &self,
+        size_bytes: u64,
+        chunk_bytes: u32,
+        base: Option<Image>,
+        broken: Arc<Broken>,
+    ) -> Result<DiskHandle, RepoError> {
         let empty = Image::zero(size_bytes, chunk_bytes).map_err(|e| RepoError::Refused(e.to_string()))?;
         let image = base.unwrap_or(empty);
         if (image.size_bytes, image.chunk_bytes) != (size_bytes, chunk_bytes) {
@@ -193,7 +217,7 @@ impl Writer {
         if intake.disks.len() >= MAX_DISKS {
             return Err(RepoError::Refused(format!("a restore point has at most {MAX_DISKS} disks")));
         }
-        trees.send(trees::Message::Disk(image)).map_err(|_| self.shared.failure())?;
+        trees.send(trees::Message::Disk(image, broken)).map_err(|_| self.shared.failure())?;
         intake.disks.push((image, 0));
         Ok(DiskHandle(intake.disks.len() as u16 - 1))
     }
@@ -244,6 +268,11 @@ impl Writer {
     /// The digest look-up of what is stored already: what a scan may offer, and a caller may ask.
     pub fn index(&self) -> Arc<IndexSet> {
         self.shared.index()
+    }
+
+    /// A reader with the same index, for the trees of what is there.
+    pub fn reader(&self) -> Reader {
+        Reader::with_index(self.shared.layout.clone(), (*self.shared.index()).clone())
     }
 
     /// Stores what is still in memory, the trees and the index, all durable when it returns. Blocks: call it off the

@@ -1,6 +1,7 @@
 //! The tree thread: turns digests into trees, and writes their new nodes into tree packs.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use crate::repo::blob::Codec;
@@ -9,7 +10,7 @@ use crate::repo::error::RepoError;
 use crate::repo::pack::PackKind;
 use crate::repo::packfile::OpenPack;
 use crate::repo::reader::Reader;
-use crate::repo::tree::build::{NodeStore, TreeBuilder};
+use crate::repo::tree::build::{Broken, NodeStore, TreeBuilder};
 use crate::repo::tree::{Image, NODE_BYTES, Node, NodeSource};
 use crate::repo::writer::append::entry;
 use crate::repo::writer::flush::ToFlush;
@@ -22,8 +23,8 @@ const NODE_LEVEL: i32 = 1;
 const MAX_REMEMBERED: usize = 1 << 18;
 
 pub(super) enum Message {
-    /// A new disk, from this base.
-    Disk(Image),
+    /// A new disk, from this base; what of the base is known to be unreadable is made anew.
+    Disk(Image, Arc<Broken>),
     Chunks {
         disk: usize,
         first_chunk: u64,
@@ -45,7 +46,7 @@ pub(super) fn run(
         .map_err(|e| RepoError::Refused(format!("zstd cannot be set up: {e}")))?;
     let base = Reader::with_index(shared.layout.clone(), (*shared.index()).clone());
     let stored = HashSet::new();
-    let mut store = Store { shared, base, flusher, zstd, stored, open: None, tree_bytes: 0 };
+    let mut store = Store { shared, base, flusher, zstd, stored, broken: Vec::new(), open: None, tree_bytes: 0 };
     let mut builders: Vec<TreeBuilder> = Vec::new();
     let result = build(shared, messages, &mut store, &mut builders);
     if let Some(open) = store.open.take() {
@@ -65,7 +66,10 @@ fn build(
             continue;
         }
         match message {
-            Message::Disk(base) => builders.push(TreeBuilder::new(base)),
+            Message::Disk(base, broken) => {
+                store.broken.push(broken.clone());
+                builders.push(TreeBuilder::healing(base, broken));
+            }
             Message::Chunks { disk, first_chunk, digests } => {
                 builders[disk].set(store, first_chunk, &digests)?;
             }
@@ -90,6 +94,7 @@ struct Store<'a> {
     flusher: &'a SyncSender<ToFlush>,
     zstd: zstd::bulk::Compressor<'static>,
     stored: HashSet<Digest>,
+    broken: Vec<Arc<Broken>>,
     open: Option<OpenPack>,
     tree_bytes: u64,
 }
@@ -112,7 +117,8 @@ impl NodeSource for Store<'_> {
 
 impl NodeStore for Store<'_> {
     fn store(&mut self, digest: Digest, node: Vec<u8>) -> Result<(), RepoError> {
-        if self.stored.contains(&digest) || self.shared.index().find(&digest)?.is_some() {
+        let broken = self.broken.iter().any(|broken| broken.has(&digest));
+        if self.stored.contains(&digest) || (!broken && self.shared.index().find(&digest)?.is_some()) {
             return Ok(());
         }
         if self.stored.len() >= MAX_REMEMBERED {
