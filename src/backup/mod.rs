@@ -25,9 +25,10 @@ use tokio::sync::watch;
 
 use crate::fault;
 use crate::grade::Policy;
+use crate::hooks::program::{self, About, Hook, Phase};
 use crate::repo::point::Manifest;
 use crate::repo::{Compression, Repository};
-use crate::wire::message::{Begin, Estimated, FailureCode};
+use crate::wire::message::{Begin, Estimated, Failure, FailureCode};
 
 pub mod audit;
 mod error;
@@ -54,6 +55,8 @@ pub struct BackupOptions {
     pub exclude: Vec<String>,
     /// How chunks are stored.
     pub compression: Compression,
+    /// Programs of the operator around the backup.
+    pub hooks: Vec<Hook>,
     /// Whether the guest's file systems are frozen; as the sidecar is configured when absent.
     pub freeze: Option<Policy>,
     /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
@@ -67,6 +70,7 @@ impl Default for BackupOptions {
             include: Vec::new(),
             exclude: Vec::new(),
             compression: Compression::Zstd(1),
+            hooks: Vec::new(),
             freeze: None,
             audit_permille: audit::DEFAULT_PERMILLE,
         }
@@ -146,7 +150,11 @@ pub async fn run(
     let lock = repo.lock_vm(sidecar.vm())?;
     let here = sidecar.here();
     let (again, vm) = (sidecar.again(), sidecar.vm().to_owned());
-    let mut stored = store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await;
+    let mut about = About { vm: vm.clone(), level: options.level.to_string(), point: None };
+    let mut stored = match program::before(&options.hooks, Phase::Backup, &about).await {
+        Ok(()) => store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await,
+        Err(why) => Err(Failed { error: Failure::new(FailureCode::Refused, why).into(), plan: None }),
+    };
     if let Err(Failed { error: BackupError::Sidecar(failure), plan: Some(plan) }) = &mut stored
         && failure.code == FailureCode::AuditMismatch
         // Who was not asked for an audit has none to tell of.
@@ -174,10 +182,19 @@ pub async fn run(
             }
         }
     }
-    let report = match stored.map_err(|failed| failed.error) {
+    let mut report = match stored.map_err(|failed| failed.error) {
         Ok(stored) => manifest::commit(&repo, stored).await,
         Err(error) => Err(error),
     };
+    if let Ok(report) = &report {
+        about.point = Some(report.point.to_string());
+        about.level = report.level.name().to_owned();
+    }
+    let result = report.as_ref().map(drop).map_err(ToString::to_string);
+    let warnings = program::after(&options.hooks, Phase::Backup, &about, result).await;
+    if let Ok(report) = &mut report {
+        report.warnings.extend(warnings);
+    }
     if let Some(vm) = here {
         vm.idle().await;
     }

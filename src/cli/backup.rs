@@ -1,6 +1,7 @@
 //! `livebackup backup SOURCE REPO`
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -15,6 +16,8 @@ use crate::agent;
 use crate::backup::report::Phase;
 use crate::backup::{self, BackupOptions, LevelChoice, Report};
 use crate::grade::Policy;
+use crate::hooks::config;
+use crate::hooks::program::{self, Hook};
 use crate::repo::Compression;
 use crate::repo::point::{Level, Taken};
 use crate::units::human_bytes;
@@ -49,23 +52,34 @@ pub struct QuietArgs {
     /// Longest time for which they are frozen [default: 10].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
     freeze_lease: Option<u64>,
+    /// A file (TOML) of databases to be held and of programs to be run around the instant: tables [[hold]] and [[hook]], as
+    /// in a server's configuration.
+    #[arg(long, value_name = "FILE")]
+    holds: Option<PathBuf>,
     /// Socket of the guest agent's channel [default: found through QEMU].
     #[arg(long, value_name = "PATH")]
     agent: Option<agent::Address>,
 }
 
 impl QuietArgs {
-    fn options(&self) -> QuietOptions {
+    /// How the VM is made quiet, and the hooks of the backup itself.
+    fn options(&self) -> anyhow::Result<(QuietOptions, Vec<Hook>)> {
         let mut options = QuietOptions { agent: self.agent.clone(), ..QuietOptions::default() };
         if let Some(seconds) = self.freeze_lease {
             options.lease = Duration::from_secs(seconds);
         }
-        options
+        let Some(file) = &self.holds else { return Ok((options, vec![])) };
+        let (holds, hooks) = config::read(file).map_err(exit::usage)?;
+        options.holds = holds;
+        let (own, others) = hooks.into_iter().partition(|hook| hook.phase == program::Phase::Backup);
+        options.hooks = others;
+        Ok((options, own))
     }
 
     /// Whether something is said that a server's configuration has to say.
-    fn is_local(&self) -> bool {
-        self.agent.is_some() || self.freeze_lease.is_some()
+    fn is_local(&self, options: &QuietOptions) -> bool {
+        let runs = !options.holds.is_empty() || !options.hooks.is_empty();
+        self.agent.is_some() || self.freeze_lease.is_some() || runs
     }
 }
 
@@ -97,12 +111,7 @@ impl WhatArgs {
 
 /// The level's name.
 pub fn level_name(level: Level) -> &'static str {
-    match level {
-        Level::Full => "full",
-        Level::Incremental => "incremental",
-        Level::Differential => "differential",
-        Level::Copy => "copy",
-    }
+    level.name()
 }
 
 /// `1 disk`, `2 disks`.
@@ -171,14 +180,15 @@ impl fmt::Display for BackupReport {
 pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     repository::check_order(&args.source.source, &args.repo)?;
     let repo = repository::open(&args.repo)?;
-    let sidecar = open::open_with(context, &args.source, args.quiet.options()).await?;
-    if args.quiet.is_local() && sidecar.here().is_none() {
+    let (quiet, hooks) = args.quiet.options()?;
+    let sidecar = open::open_with(context, &args.source, quiet.clone()).await?;
+    if args.quiet.is_local(&quiet) && sidecar.here().is_none() {
         return Err(exit::usage(
-            "--agent and --freeze-lease are for a VM that no server has: the server's configuration says them",
+            "--agent, --freeze-lease, holds and their hooks are for a VM that no server has: the server's configuration says them",
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
-    let options = BackupOptions { compression, freeze, audit_permille, ..args.what.options() };
+    let options = BackupOptions { compression, freeze, audit_permille, hooks, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

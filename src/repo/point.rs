@@ -31,6 +31,18 @@ pub enum Level {
     Copy,
 }
 
+impl Level {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+            Self::Differential => "differential",
+            Self::Copy => "copy",
+        }
+    }
+}
+
 /// How a disk was taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "taken", rename_all = "kebab-case")]

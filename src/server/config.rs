@@ -24,6 +24,13 @@
 //! freeze_lease_s = 10              # longest freeze; may be left out
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
+//!
+//! [[vm.hold]]                      # a database to be held; see `hooks::config`
+//! profile = "postgresql"
+//!
+//! [[vm.hook]]                      # programs before and after a phase; see there, too
+//! phase = "instant"
+//! pre = ["/usr/local/bin/before"]
 //! ```
 //!
 //! With `shutdown = "harvest"` QEMU waits, when the guest powers off, until its last bitmaps are taken, and is ended then:
@@ -39,6 +46,7 @@ use super::bad;
 use super::grants::{Grants, May};
 use crate::agent;
 use crate::grade::Policy;
+use crate::hooks::config::{HoldTable, HookTable, tables};
 use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
 use crate::monitor::Address;
 use crate::units::{GIB, KIB, MIB};
@@ -155,6 +163,10 @@ struct VmTable {
     #[serde(default)]
     freeze_mount_points: Vec<String>,
     shutdown: Option<String>,
+    #[serde(default)]
+    hold: Vec<HoldTable>,
+    #[serde(default)]
+    hook: Vec<HookTable>,
 }
 
 impl VmTable {
@@ -168,8 +180,9 @@ impl VmTable {
         if lease.is_zero() || lease > MAX_LEASE {
             return Err(format!("freeze_lease_s is a number of seconds from 1 to {}", MAX_LEASE.as_secs()));
         }
-        let quiet =
-            QuietOptions { agent: self.agent, freeze: self.freeze, mount_points: self.freeze_mount_points, lease };
+        let (holds, hooks) = tables(self.hold, self.hook)?;
+        let mount_points = self.freeze_mount_points;
+        let quiet = QuietOptions { agent: self.agent, freeze: self.freeze, mount_points, lease, holds, hooks };
         let power_off = match self.shutdown.as_deref() {
             None | Some("leave") => PowerOff::Leave,
             Some("harvest") => PowerOff::Harvest,
@@ -294,6 +307,9 @@ mod tests {
         assert_eq!(config.vms[0].power_off, PowerOff::Leave);
         let config = Config::parse(&format!("{good}shutdown = \"harvest\"\n")).unwrap();
         assert_eq!(config.vms[0].power_off, PowerOff::Harvest);
+        let tables = "[[vm.hold]]\nprofile = \"redis\"\n[[vm.hook]]\nphase = \"session\"\npost = [\"/x\"]\n";
+        let config = Config::parse(&format!("{good}{tables}")).unwrap();
+        assert_eq!((config.vms[0].quiet.holds.len(), config.vms[0].quiet.hooks.len()), (1, 1));
         for (text, says) in [
             (good.replace("127.0.0.1:0", "0.0.0.0:1"), "loopback"),
             (good.replace("127.0.0.1:0", "here"), "listen"),

@@ -11,8 +11,8 @@
 //! Order, and what a crash leaves after each step (all of it found by name or debt, see [`undo`](super::undo)):
 //!
 //! 1. **Prepare**, guest running: scratch node, helper node with the bitmap `need`, the next bitmap on the disk.
-//! 2. **Instant**: the guest is made [`quiet`](super::quiet). With more than one disk the guest is stopped (the guardian owes it `cont`). The bitmap so far is
-//!    merged into `need`, the filter is made (limited to `need`), and put above the disk. Old bitmaps are disabled.
+//! 2. **Instant**: the guest is made [`quiet`](super::quiet); with more than one disk it is stopped, too (the guardian
+//!    owes it `cont`). The bitmap so far is merged into `need`, the filter is made (limited to `need`), and put above the disk. Old bitmaps are disabled.
 //! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
 //!    instant, could not be read back, and the instant is taken again; the third time without a limit.
 //! 4. **Harvest**: the old bitmap is merged into one on the helper node, read over NBD, and given to the log.
@@ -203,7 +203,6 @@ impl Fleece {
 
     /// Step 2. Whatever fails, the guest is let go.
     async fn take_instant(&mut self, quiet: &mut Quiet) -> Result<(), Failure> {
-        let debts = Debts::new(&self.bench.sockets);
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() && !self.disks[i].limited {
                 self.add_filter(i).await.map_err(qemu_failed)?;
@@ -212,36 +211,28 @@ impl Fleece {
         let monitor = self.bench.monitor.clone();
         let several = self.disks.iter().filter(|d| d.has_filter()).count() > 1;
         let stop = several && run_state(&monitor).await.map_err(qemu_failed)? == "running";
-        if !stop {
-            let inserted = match quiet.enter().await {
-                Ok(()) => self.insert().await.map_err(qemu_failed),
-                Err(failure) => Err(failure),
-            };
-            quiet.leave().await;
-            return inserted;
-        }
-        let guardian =
-            Guardian::spawn(monitor.address()).map_err(|e| internal(format!("cannot start the guardian: {e}")))?;
+        let guardian = match stop {
+            true => Some(
+                Guardian::spawn(monitor.address()).map_err(|e| internal(format!("cannot start the guardian: {e}")))?,
+            ),
+            false => None,
+        };
         // `stop` flushes the images with the guest standing still: flush them before.
-        undo::sync_files(
-            self.disks.iter().filter_map(|d| Some(PathBuf::from(&d.plan.disk.chain.first()?.filename))).collect(),
-        )
-        .await;
-        if let Err(failure) = quiet.enter().await {
-            quiet.leave().await;
-            return Err(failure);
+        if stop {
+            let images = self.disks.iter().filter_map(|d| Some(PathBuf::from(&d.plan.disk.chain.first()?.filename)));
+            undo::sync_files(images.collect()).await;
         }
-        let inserted = self.stop_and_insert(&monitor, &debts, guardian).await;
-        quiet.leave().await;
+        let inserted = match (quiet.enter().await, guardian) {
+            (Err(failure), _) => Err(failure),
+            (Ok(()), None) => self.insert().await.map_err(qemu_failed),
+            (Ok(()), Some(guardian)) => self.stop_and_insert(&monitor, guardian).await,
+        };
+        quiet.leave(inserted.as_ref().map(drop).map_err(|failure| failure.message.clone())).await;
         inserted
     }
 
-    async fn stop_and_insert(
-        &mut self,
-        monitor: &Monitor,
-        debts: &Debts,
-        mut guardian: Guardian,
-    ) -> Result<(), Failure> {
+    async fn stop_and_insert(&mut self, monitor: &Monitor, mut guardian: Guardian) -> Result<(), Failure> {
+        let debts = Debts::new(&self.bench.sockets);
         debts.owe(Debt::Cont).map_err(internal)?;
         guardian.owe(Debt::Cont, &debts.path(Debt::Cont)).map_err(internal)?;
         let start = Instant::now();
@@ -252,7 +243,7 @@ impl Fleece {
             }
             Err(e) => Err(e),
         };
-        let resumed = undo::resume_whatever_it_takes(monitor, debts).await;
+        let resumed = undo::resume_whatever_it_takes(monitor, &debts).await;
         self.stopped = start.elapsed();
         if resumed.is_ok() {
             guardian.paid();

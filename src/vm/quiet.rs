@@ -1,9 +1,9 @@
-//! Quiet: the guest's file systems stand still around the instant, as far as the policy asks and the guest can.
+//! Quiet: databases are held and file systems stand still around the instant, as far as the policies ask and the guest can.
 //!
 //! ```text
-//!  prepare (guest runs: agent found, guest asked) ─► enter ═══ instant ═══ leave ─► evidence
-//!                                                      │                     │
-//!                                        debt, guardian, freeze      thaw, debt struck out
+//!  prepare (guest runs: agent found, guest asked) ─► enter ═════════ instant ═════════ leave ─► evidence
+//!                                                      │                                 │
+//!                             hooks ─► holds ─► debt, guardian, freeze    thaw, debt struck out ─► release ─► hooks
 //! ```
 //!
 //! * What fails becomes a reason in the [`Evidence`], and with [`Policy::Require`] a failure of the backup.
@@ -15,14 +15,19 @@
 use std::path::Path;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use super::guardian::Guardian;
 use super::undo::{Debt, Debts};
 use super::{agent, internal};
 use crate::agent::{Address, Channel};
-use crate::grade::{Evidence, Frozen, Policy};
+use crate::fault;
+use crate::grade::{Evidence, Frozen, Held, Policy};
 use crate::hooks::freeze::{self, DEFAULT_LEASE, Lease, Wish};
+use crate::hooks::guest_hold;
+use crate::hooks::hold::{self, Hold};
+use crate::hooks::program::{self, About, Hook, Phase};
 use crate::machine::Disk;
 use crate::monitor::{self, Monitor};
 use crate::units::PackId;
@@ -32,6 +37,8 @@ use crate::wire::message::{Failure, FailureCode};
 const THAW_WITHIN: Duration = Duration::from_secs(10);
 /// How long a start waits for the thaw of a guest that was left frozen.
 const LEFT_OVER_WITHIN: Duration = Duration::from_secs(10);
+/// How long an agent may take to answer that has just been there.
+const AGENT_WITHIN: Duration = Duration::from_secs(5);
 /// Longest debt file that is read.
 const MAX_OWED_BYTES: u64 = 8192;
 
@@ -46,11 +53,16 @@ pub struct QuietOptions {
     pub mount_points: Vec<String>,
     /// For how long at most.
     pub lease: Duration,
+    /// Databases that are held.
+    pub holds: Vec<Hold>,
+    /// Programs of the operator around the sidecar's phases.
+    pub hooks: Vec<Hook>,
 }
 
 impl Default for QuietOptions {
     fn default() -> Self {
-        Self { agent: None, freeze: Policy::default(), mount_points: vec![], lease: DEFAULT_LEASE }
+        let (freeze, lease) = (Policy::default(), DEFAULT_LEASE);
+        Self { agent: None, freeze, mount_points: vec![], lease, holds: vec![], hooks: vec![] }
     }
 }
 
@@ -70,8 +82,21 @@ pub struct Quiet {
     agent: Option<Channel>,
     /// Why there is no agent to ask.
     no_agent: String,
+    /// Where the agent was.
+    address: Option<Address>,
+    about: About,
+    /// Whether the instant's hooks have to be run.
+    entered: bool,
+    held: Vec<Holding>,
     lease: Option<Lease>,
     evidence: Evidence,
+}
+
+/// A hold that holds.
+#[derive(Debug)]
+enum Holding {
+    Host(String, hold::Taken),
+    Guest(Box<guest_hold::Taken>),
 }
 
 fn not_quiet(reason: &str) -> Failure {
@@ -81,12 +106,18 @@ fn not_quiet(reason: &str) -> Failure {
     )
 }
 
+fn not_held(held: &Held) -> Failure {
+    let reason = held.failed.as_deref().unwrap_or_default();
+    Failure::new(FailureCode::NotQuiet, format!("the hold {:?}, which is required, did not hold: {reason}", held.name))
+}
+
 impl Quiet {
     /// Everything slow, while the guest runs.
     pub async fn prepare(
         monitor: &Monitor,
         sockets: &Path,
         options: QuietOptions,
+        about: About,
         disks: &[&Disk],
     ) -> Result<Self, Failure> {
         let mut this = Self {
@@ -94,12 +125,19 @@ impl Quiet {
             debts: Debts::new(sockets),
             agent: None,
             no_agent: String::new(),
+            address: None,
+            about,
+            entered: false,
+            held: vec![],
             lease: None,
             evidence: Evidence::default(),
             options,
         };
         match this.find_agent(disks).await {
-            Ok(agent) => this.agent = Some(agent),
+            Ok(agent) => {
+                this.address = Some(agent.address().clone());
+                this.agent = Some(agent);
+            }
             Err(reason) if this.options.freeze == Policy::Require => return Err(not_quiet(&reason)),
             Err(reason) => this.no_agent = reason,
         }
@@ -107,7 +145,7 @@ impl Quiet {
     }
 
     async fn find_agent(&mut self, disks: &[&Disk]) -> Result<Channel, String> {
-        if self.options.freeze == Policy::Never {
+        if self.options.freeze == Policy::Never && !self.options.holds.iter().any(|h| h.place == hold::Place::Guest) {
             return Err("it is switched off (freeze = never)".into());
         }
         let state = monitor::run_state(&self.monitor).await.map_err(|e| e.to_string())?;
@@ -127,6 +165,10 @@ impl Quiet {
     pub async fn enter(&mut self) -> Result<(), Failure> {
         let Evidence { guest, stopped_us, .. } = std::mem::take(&mut self.evidence);
         self.evidence = Evidence { guest, stopped_us, ..Evidence::default() };
+        self.entered = true;
+        let hooks = program::before(&self.options.hooks, Phase::Instant, &self.about).await;
+        hooks.map_err(|why| Failure::new(FailureCode::Refused, why))?;
+        self.hold().await?;
         if let Err(reason) = self.freeze().await {
             if self.options.freeze == Policy::Require {
                 return Err(not_quiet(&reason));
@@ -137,7 +179,48 @@ impl Quiet {
         Ok(())
     }
 
+    /// Takes all holds: those of the host at once, those of the guest after them, one by one.
+    async fn hold(&mut self) -> Result<(), Failure> {
+        let holds = std::mem::take(&mut self.options.holds);
+        let (guest, host): (Vec<_>, Vec<_>) = holds.iter().partition(|h| h.place == hold::Place::Guest);
+        let taken = join_all(host.iter().map(|hold| hold::take(hold))).await;
+        for (hold, taken) in host.iter().zip(taken) {
+            match taken {
+                Ok(taken) => self.held.push(Holding::Host(hold.name.clone(), taken)),
+                Err(held) => self.evidence.holds.push(held),
+            }
+        }
+        for hold in guest {
+            let taken = match &mut self.agent {
+                Some(agent) => guest_hold::take(agent, hold).await,
+                None => {
+                    let (name, failed) = (hold.name.clone(), Some(self.no_agent.clone()));
+                    Err(Held { name, failed, ..Held::default() })
+                }
+            };
+            match taken {
+                Ok(taken) => self.held.push(Holding::Guest(Box::new(taken))),
+                Err(held) => self.evidence.holds.push(held),
+            }
+        }
+        self.options.holds = holds;
+        fault::point("quiet.held");
+        self.check_holds()
+    }
+
+    /// Whether all that are required hold, as far as it is known.
+    fn check_holds(&self) -> Result<(), Failure> {
+        let required = |held: &&Held| {
+            let of = |hold: &Hold| hold.name == held.name && hold.policy == Policy::Require;
+            held.failed.is_some() && self.options.holds.iter().any(of)
+        };
+        self.evidence.holds.iter().find(required).map_or(Ok(()), |held| Err(not_held(held)))
+    }
+
     async fn freeze(&mut self) -> Result<(), String> {
+        if self.options.freeze == Policy::Never {
+            return Err("it is switched off (freeze = never)".into());
+        }
         let Some(agent) = self.agent.take() else { return Err(self.no_agent.clone()) };
         let failed = |e: std::io::Error| format!("the debt of its thaw cannot be written down: {e}");
         let owed = Owed { agent: agent.address().clone(), token: PackId::random().to_string() };
@@ -170,8 +253,45 @@ impl Quiet {
     }
 
     /// Lets the guest go.
-    pub async fn leave(&mut self) {
-        let Some(lease) = self.lease.take() else { return };
+    pub async fn leave(&mut self, result: Result<(), String>) {
+        if let Some(lease) = self.lease.take() {
+            self.thaw(lease).await;
+        }
+        self.release().await;
+        if std::mem::take(&mut self.entered) {
+            // Its warnings are in the log; what it is told is what became of the instant.
+            program::after(&self.options.hooks, Phase::Instant, &self.about, result).await;
+        }
+    }
+
+    async fn release(&mut self) {
+        let (mut of_host, mut of_guest) = (vec![], vec![]);
+        for holding in self.held.drain(..) {
+            match holding {
+                Holding::Host(name, taken) => of_host.push(async move { taken.release(&name).await }),
+                Holding::Guest(taken) => of_guest.push(taken),
+            }
+        }
+        self.evidence.holds.extend(join_all(of_host).await);
+        for taken in of_guest {
+            if self.agent.is_none()
+                && let Some(address) = &self.address
+            {
+                // The freeze has used it up.
+                self.agent = Channel::open(address, AGENT_WITHIN).await.ok();
+            }
+            self.evidence.holds.push(match &mut self.agent {
+                Some(agent) => taken.release(agent).await,
+                None => taken.abandon("the agent does not answer any more"),
+            });
+        }
+        for held in self.evidence.holds.iter().filter(|held| held.failed.is_some()) {
+            let words = held.failed.as_deref().unwrap_or_default();
+            self.evidence.reasons.push(format!("the hold {:?} did not hold: {words}", held.name));
+        }
+    }
+
+    async fn thaw(&mut self, lease: Lease) {
         let file_systems = lease.file_systems;
         let ended = lease.end(THAW_WITHIN).await;
         self.agent = ended.agent;
@@ -198,6 +318,7 @@ impl Quiet {
 
     /// Whether what was reached is enough. Call it after [`Quiet::leave`].
     pub fn check(&self) -> Result<(), Failure> {
+        self.check_holds()?;
         if self.options.freeze == Policy::Require && self.evidence.frozen.is_none() {
             return Err(not_quiet(&self.evidence.reasons.join("; ")));
         }

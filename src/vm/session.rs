@@ -17,6 +17,7 @@ use super::transfer::{self, Needed, ReadyDisk};
 use super::{Inner, Vm, internal, qemu_failed, tracking, undo};
 use crate::checkpoint::Bitmap;
 use crate::grade::{Evidence, Policy};
+use crate::hooks::program::{self, About, Phase};
 use crate::machine::FoundDisk;
 use crate::units::EpochId;
 use crate::wire::message::{
@@ -51,10 +52,16 @@ impl Vm {
         guard: OwnedMutexGuard<()>,
     ) {
         let start = Instant::now();
-        let (fleece, disks, left_out, mut evidence) = match self.open(&begin).await {
+        let (hooks, about) = (&self.inner.options.quiet.hooks, self.about(&begin));
+        let opened = match program::before(hooks, Phase::Session, &about).await {
+            Ok(()) => self.open(&begin).await,
+            Err(why) => Err(Failure::new(FailureCode::Refused, why)),
+        };
+        let (fleece, disks, left_out, mut evidence) = match opened {
             Ok(opened) => opened,
             Err(failure) => {
                 self.clean_up().await;
+                program::after(hooks, Phase::Session, &about, Err(failure.message.clone())).await;
                 // Who hears of it may ask again at once.
                 drop(guard);
                 self.count_session();
@@ -83,7 +90,12 @@ impl Vm {
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
         let _ = reply.send(Ok(Session { begun, events: event_queue, acks, digests }));
         let expected = Expected::new(digest_queue);
-        let last = self.run(fleece, ready, &events, ack_queue, expected, prepare_us).await;
+        let mut last = self.run(fleece, ready, &events, ack_queue, expected, prepare_us).await;
+        let result = last.as_ref().map(drop).map_err(|failure| failure.message.clone());
+        let warnings = program::after(hooks, Phase::Session, &about, result).await;
+        if let Ok(Event::End(totals)) = &mut last {
+            totals.warnings.extend(warnings);
+        }
         // The VM is free; a client that takes its time with the last word keeps nobody waiting.
         drop(guard);
         self.count_session();
@@ -140,7 +152,8 @@ impl Vm {
         let bench = Bench { monitor, names, capabilities, sockets: place.sockets.clone(), scratch };
         let disks: Vec<_> = plans.iter().map(|p| &p.disk).collect();
         let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
-        let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, &disks).await?;
+        let about = self.about(begin);
+        let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks).await?;
         let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
@@ -162,6 +175,16 @@ impl Vm {
             graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
         crate::fault::point("vm.begun");
         Ok((fleece, disks, left_out, quiet.evidence()))
+    }
+
+    /// What the operator's hooks are told.
+    fn about(&self, begin: &Begin) -> About {
+        let level = match (begin.checkpoint, begin.since.is_empty()) {
+            (false, _) => "copy",
+            (true, true) => "full",
+            (true, false) => "incremental",
+        };
+        About { vm: self.inner.name.clone(), level: level.into(), point: None }
     }
 
     /// What the client wants, within what the operator allows.

@@ -332,6 +332,8 @@ pub enum FailureCode {
     Disconnected,
     /// The guest could not be made quiet, and that was required.
     NotQuiet,
+    /// A hook of the operator refused.
+    Refused,
     /// The session was interrupted by this side's user.
     Interrupted,
     /// Anything else.
