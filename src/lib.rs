@@ -34,7 +34,7 @@
 //! vm
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
-//! machine grade pki
+//! machine grade impact pki
 //! block direct durable extent fault limits units
 //! ```
 
@@ -49,6 +49,7 @@ pub mod extent;
 pub mod fault;
 pub mod grade;
 pub mod hooks;
+pub mod impact;
 pub mod limits;
 pub mod machine;
 pub mod monitor;

@@ -75,6 +75,7 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
             same_bytes: stored.same[index],
             stored_bytes: finished.stats.stored_bytes,
             audit: audited(stored, index, disk),
+            impact: stored.totals.impact.iter().find(|i| i.disk == disk.disk.name).map(|i| i.impact),
         });
     }
     let mut files = Vec::with_capacity(stored.files.len());
@@ -122,6 +123,7 @@ fn report(stored: &Stored, manifest: &Manifest) -> Report {
         same_bytes: disk.same_bytes,
         new_bytes: finished.stats.new_bytes,
         stored_bytes: disk.stored_bytes,
+        impact: disk.impact,
     };
     let mut warnings = stored.totals.warnings.clone();
     warnings.extend(stored.warnings.iter().cloned());

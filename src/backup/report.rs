@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::impact::Impact;
 use crate::repo::point::{Evidence, Grade, Level, Taken};
 use crate::units::PointId;
 
@@ -60,6 +61,8 @@ pub struct DiskReport {
     pub new_bytes: u64,
     /// Bytes added to the repository's packs.
     pub stored_bytes: u64,
+    /// What it cost the guest.
+    pub impact: Option<Impact>,
 }
 
 /// What a backup did.

@@ -140,6 +140,9 @@ impl fmt::Display for BackupReport {
                 }
                 Taken::Incremental { .. } => writeln!(f)?,
             }
+            if let Some(impact) = &disk.impact {
+                writeln!(f, "  guest meanwhile: {impact}")?;
+            }
         }
         for left_out in &report.left_out {
             writeln!(f, "left out: {left_out}")?;

@@ -79,6 +79,9 @@ impl fmt::Display for ShowReport {
             if let Some(words) = disk.audit.and_then(|record| coverage(&record, disk.image.chunks())) {
                 writeln!(f, "audit of {}: {words}", disk.disk.name)?;
             }
+            if let Some(impact) = &disk.impact {
+                writeln!(f, "guest on {} meanwhile: {impact}", disk.disk.name)?;
+            }
         }
         if let Some(suspect) = &self.suspect {
             writeln!(f, "SUSPECT: {}", suspect::in_words(suspect))?;

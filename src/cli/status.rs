@@ -52,6 +52,9 @@ impl fmt::Display for StatusReport {
                 human_bytes(session.scratch_bytes)
             )?,
         }
+        for disk in status.session.iter().flat_map(|session| &session.impact) {
+            writeln!(f, "  guest on {}: {}", disk.disk, disk.impact)?;
+        }
         let mut table = Table::new(&["DISK", ">CHECKPOINT", "TAKEN", ">CHANGED SINCE", "TRACKING"]);
         let dash = || "-".to_owned();
         for disk in &status.disks {

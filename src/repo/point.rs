@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 pub use crate::grade::{Evidence, Grade};
+use crate::impact::Impact;
 use crate::limits::{MAX_DISKS, MAX_NAME_BYTES};
 use crate::machine::{Disk, FoundDisk, Machine};
 use crate::repo::error::FormatError;
@@ -106,6 +107,9 @@ pub struct PointDisk {
     /// How far the audit has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditRecord>,
+    /// What it cost the guest; none of a sidecar that does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub impact: Option<Impact>,
 }
 
 /// A file kept with the point: a kernel, a firmware.
@@ -227,8 +231,8 @@ pub(crate) mod tests {
         };
         let taken = Taken::Full { reason: "the first backup".to_owned() };
         let (checkpoint, epoch) = (Some(CheckpointId::random()), Some(EpochId::random()));
-        let (read_bytes, same_bytes, stored_bytes) = (1, 0, 2);
-        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes, same_bytes, stored_bytes, audit: None }
+        let (read_bytes, same_bytes, stored_bytes, audit, impact) = (1, 0, 2, None, None);
+        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes, same_bytes, stored_bytes, audit, impact }
     }
 
     /// A manifest of these disks.

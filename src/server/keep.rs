@@ -27,6 +27,8 @@ pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut st
                     known = vm.name().to_owned();
                 }
                 tracing::info!(vm = known, "attached");
+                // Before any client can come.
+                vm.watch_latency().await;
                 service.set(&known, State::Attached(vm.clone()));
                 let parting = async {
                     let _ = stop.wait_for(|stop| *stop).await;

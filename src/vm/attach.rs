@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex as StdMutex};
 
 use tokio::sync::{Mutex, watch};
 
+use super::gauge::Gauge;
 use super::names::Names;
 use super::place::{self, Holder, Place, Taken};
 use super::{AttachError, Inner, Vm, VmOptions, qemu_failed, quiet, undo};
@@ -72,6 +73,7 @@ impl Vm {
             tracing::warn!(vm = name, "took out what a session left that was killed: {}", removed.join(", "));
         }
         let capabilities = monitor::probe(&monitor, names.prefix()).await.map_err(qemu_failed)?;
+        let gauge = Gauge::new(&monitor, &names, &place.sockets, capabilities.latency_histogram);
         let Process { pid, start_time, boot_id } = process;
         let inner = Inner {
             name,
@@ -79,6 +81,7 @@ impl Vm {
             bench_parts: (monitor, names, capabilities),
             qemu: QemuInstance { pid, start_time, boot_id },
             options,
+            gauge,
             place,
             session: Arc::new(Mutex::new(())),
             board: Mutex::default(),

@@ -452,9 +452,9 @@ impl Fleece {
         &self.bench
     }
 
-    /// Bytes of scratch in use.
-    pub fn scratch_bytes(&self) -> u64 {
-        self.disks.iter().filter_map(|d| d.scratch.as_ref()).map(super::scratch::used_bytes).sum()
+    /// Bytes of scratch in use, by disk.
+    pub fn scratch_bytes(&self) -> Vec<u64> {
+        self.disks.iter().map(|d| d.scratch.as_ref().map_or(0, super::scratch::used_bytes)).collect()
     }
 }
 

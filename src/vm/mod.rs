@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use crate::checkpoint::{Log, Medium, QemuInstance};
-use crate::machine::{Disk, FoundDisk, Machine};
+use crate::machine::{Disk, FoundDisk, Machine, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, TrackingStatus};
@@ -35,10 +35,12 @@ pub mod doctor;
 mod estimate;
 pub mod evidence;
 pub mod fleece;
+pub mod gauge;
 pub mod graph;
 pub mod guardian;
 pub mod harvest;
 pub mod medium;
+pub mod meter;
 pub mod names;
 pub mod place;
 mod power;
@@ -56,6 +58,7 @@ pub use power::{Parting, PowerOff};
 pub use quiet::QuietOptions;
 
 use evidence::{Doubt, Proof};
+use gauge::Gauge;
 use graph::Graph;
 use names::Names;
 use place::Place;
@@ -134,6 +137,8 @@ struct Inner {
     bench_parts: (Monitor, Names, Capabilities),
     qemu: QemuInstance,
     options: VmOptions,
+    /// Before the place: it may have a file there to remove.
+    gauge: Gauge,
     place: Place,
     session: Arc<Mutex<()>>,
     board: Mutex<graph::Board>,
@@ -183,6 +188,20 @@ impl Vm {
     /// The VM's definition and all devices that are or could be taken for a disk.
     pub async fn disks(&self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
         Ok((self.inner.machine.clone(), self.graph().await?.disks))
+    }
+
+    /// Switches on the histograms of how long the guest's writes take, on all disks that are backed up: whoever stays
+    /// attached knows what is usual before the first backup.
+    pub async fn watch_latency(&self) {
+        let _guard = self.inner.session.lock().await;
+        match self.graph().await {
+            Ok(graph) => {
+                let disks = graph.disks.iter().filter(|d| d.verdict == Verdict::Protectable && !d.disk.read_only);
+                let paths: Vec<_> = disks.map(|d| d.disk.qom_path.as_str()).collect();
+                self.inner.gauge.switch_on(&paths).await;
+            }
+            Err(failure) => tracing::debug!(vm = self.inner.name, "the guest's latency is not watched: {failure}"),
+        }
     }
 
     /// Waits until no session is open and everything of the last one is cleaned up.

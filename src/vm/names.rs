@@ -9,17 +9,24 @@ use crate::units::{CheckpointId, OwnerId};
 #[derive(Clone, Debug)]
 pub struct Names {
     prefix: String,
+    mark: u32,
 }
 
 impl Names {
     /// The names of this owner.
     pub fn new(owner: OwnerId) -> Self {
-        Self { prefix: format!("livebackup-{}-", owner.short()) }
+        let [a, b, c, d, ..] = *owner.as_bytes();
+        Self { prefix: format!("livebackup-{}-", owner.short()), mark: u32::from_be_bytes([a, b, c, d]) }
     }
 
     /// What all of them start with.
     pub fn prefix(&self) -> &str {
         &self.prefix
+    }
+
+    /// The owner's short id as a number: for what QEMU lets us mark with numbers only.
+    pub fn mark(&self) -> u32 {
+        self.mark
     }
 
     /// The copy-before-write filter over the disk with this index.
@@ -79,6 +86,7 @@ mod tests {
             assert!(node.len() <= 31, "{node}");
             assert!(names.is_ours(&node));
         }
+        assert!(names.prefix().contains(&format!("{:08x}", names.mark())));
         let id = CheckpointId::random();
         assert_eq!(names.checkpoint_of(&names.since(id)), Some(id));
         assert_eq!(names.checkpoint_of(&names.sentinel()), None);

@@ -11,6 +11,7 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::compare::{Compared, Expected};
 use super::fleece::{Bench, Fleece};
+use super::meter::Meter;
 use super::quiet::{Quiet, QuietOptions};
 use super::scratch::ScratchDir;
 use super::transfer::{self, Needed, ReadyDisk};
@@ -31,8 +32,18 @@ const DIGESTS_WAITING: usize = 4;
 /// How often the scratch is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
 
-/// The fleece, its disks, what was left out, and what the guest's state rests on.
-type Opened = (Fleece, Vec<(ReadyDisk, BegunDisk)>, Vec<FoundDisk>, Evidence);
+/// How often the guest's latency is read for whoever watches.
+const READ_EVERY: Duration = Duration::from_secs(1);
+
+/// What an instant leaves.
+struct Opened {
+    fleece: Fleece,
+    disks: Vec<(ReadyDisk, BegunDisk)>,
+    left_out: Vec<FoundDisk>,
+    /// What the guest's state rests on.
+    evidence: Evidence,
+    meter: Meter,
+}
 
 impl Vm {
     /// Opens a fleece and starts to send. The session ends when its events have been taken, or are dropped; a caller that
@@ -57,7 +68,7 @@ impl Vm {
             Ok(()) => self.open(&begin).await,
             Err(why) => Err(Failure::new(FailureCode::Refused, why)),
         };
-        let (fleece, disks, left_out, mut evidence) = match opened {
+        let Opened { fleece, disks, left_out, mut evidence, meter } = match opened {
             Ok(opened) => opened,
             Err(failure) => {
                 self.clean_up().await;
@@ -81,7 +92,8 @@ impl Vm {
             evidence: Box::new(evidence),
         };
         let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).sum();
-        let progress = SessionStatus { instant: begun.instant, needed_bytes, sent_bytes: 0, scratch_bytes: 0 };
+        let progress =
+            SessionStatus { instant: begun.instant, needed_bytes, sent_bytes: 0, scratch_bytes: 0, impact: vec![] };
         self.set_progress(|p| *p = Some(progress));
         let (events, event_queue) = mpsc::channel(EVENTS_WAITING);
         let (acks, ack_queue) = mpsc::unbounded_channel();
@@ -90,7 +102,7 @@ impl Vm {
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
         let _ = reply.send(Ok(Session { begun, events: event_queue, acks, digests }));
         let expected = Expected::new(digest_queue);
-        let mut last = self.run(fleece, ready, &events, ack_queue, expected, prepare_us).await;
+        let mut last = self.run((fleece, meter), ready, &events, ack_queue, expected, prepare_us).await;
         let result = last.as_ref().map(drop).map_err(|failure| failure.message.clone());
         let warnings = program::after(hooks, Phase::Session, &about, result).await;
         if let Ok(Event::End(totals)) = &mut last {
@@ -152,6 +164,7 @@ impl Vm {
         let bench = Bench { monitor, names, capabilities, sockets: place.sockets.clone(), scratch };
         let disks: Vec<_> = plans.iter().map(|p| &p.disk).collect();
         let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
+        let meter = self.meter(&plans).await;
         let about = self.about(begin);
         let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks).await?;
         let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
@@ -174,7 +187,17 @@ impl Vm {
         let left_out =
             graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
         crate::fault::point("vm.begun");
-        Ok((fleece, disks, left_out, quiet.evidence()))
+        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter })
+    }
+
+    /// Reads the guest's latency for the last time before the instant.
+    async fn meter(&self, plans: &[tracking::Plan]) -> Meter {
+        let gauge = &self.inner.gauge;
+        let disks = || plans.iter().map(|p| (p.disk.name.as_str(), p.disk.qom_path.as_str()));
+        let written: Vec<_> = plans.iter().filter(|p| !p.disk.read_only).map(|p| p.disk.qom_path.as_str()).collect();
+        gauge.switch_on(&written).await;
+        let last = gauge.last().await;
+        Meter::new(disks(), &last, &gauge.read().await)
     }
 
     /// What the operator's hooks are told.
@@ -239,7 +262,7 @@ impl Vm {
 
     async fn run(
         &self,
-        mut fleece: Fleece,
+        (mut fleece, mut meter): (Fleece, Meter),
         disks: Vec<ReadyDisk>,
         events: &mpsc::Sender<Result<Event, Failure>>,
         mut acks: mpsc::UnboundedReceiver<Ack>,
@@ -248,7 +271,6 @@ impl Vm {
     ) -> Result<Event, Failure> {
         let start = Instant::now();
         let mut totals = Totals { prepare_us, ..Totals::default() };
-        let mut peak = 0;
         let outcome = {
             let sending = async {
                 for (i, disk) in disks.iter().enumerate() {
@@ -270,14 +292,15 @@ impl Vm {
             tokio::select! {
                 biased;
                 sent = sending => sent,
-                broken = self.watch(&fleece, &mut peak) => Err(broken),
+                broken = self.watch(&fleece, &mut meter) => Err(broken),
                 () = events.closed() => Err(transfer::left()),
                 why = self.told_to_give_up() => Err(why),
                 () = transfer::discard_acknowledged(&disks, &mut acks) => Err(transfer::left()),
             }
         };
         totals.transfer_us = start.elapsed().as_micros() as u64;
-        totals.scratch_peak_bytes = peak.max(fleece.scratch_bytes());
+        meter.look(&fleece.scratch_bytes());
+        totals.scratch_peak_bytes = meter.scratch_peak_bytes();
         crate::fault::point("vm.sent");
         if let Err(failure) = &outcome
             && failure.code == FailureCode::AuditMismatch
@@ -285,6 +308,9 @@ impl Vm {
             self.distrust(&mut fleece, failure);
         }
         totals.warnings = self.close(fleece, disks).await;
+        let readings = self.inner.gauge.read().await;
+        totals.impact = meter.impact(&readings);
+        self.inner.gauge.keep(readings);
         self.set_progress(|p| *p = None);
         tracing::info!(vm = self.inner.name, ?totals, "session over");
         outcome.map(|()| Event::End(totals))
@@ -303,15 +329,24 @@ impl Vm {
     }
 
     /// Looks at the scratch and the monitor until the fleece must let go.
-    async fn watch(&self, fleece: &Fleece, peak: &mut u64) -> Failure {
+    async fn watch(&self, fleece: &Fleece, meter: &mut Meter) -> Failure {
         let look = async {
+            let mut read = Instant::now();
             loop {
                 tokio::time::sleep(WATCH_EVERY).await;
-                let used = fleece.scratch_bytes();
-                *peak = used.max(*peak);
+                let by_disk = fleece.scratch_bytes();
+                meter.look(&by_disk);
+                let used = by_disk.iter().sum();
+                let impact = if read.elapsed() >= READ_EVERY {
+                    read = Instant::now();
+                    Some(meter.impact(&self.inner.gauge.read().await))
+                } else {
+                    None
+                };
                 self.set_progress(|p| {
                     if let Some(p) = p {
                         p.scratch_bytes = used;
+                        p.impact = impact.unwrap_or_else(|| std::mem::take(&mut p.impact));
                     }
                 });
                 if let Some(why) = fleece.bench().scratch.exhausted(used) {

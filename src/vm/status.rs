@@ -69,6 +69,7 @@ impl Vm {
         let _guard = self.claim()?;
         let (monitor, names) = (self.monitor(), self.names());
         let mut removed = undo::remove_all(monitor, names, &self.inner.place.sockets).await.map_err(qemu_failed)?;
+        removed.extend(self.inner.gauge.switch_off().await.map_err(qemu_failed)?);
         let graph = self.graph().await?;
         for found in &graph.disks {
             let mut log = tracking::open_log(&self.inner.place.disks, &found.disk.name)?;

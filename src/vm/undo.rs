@@ -11,6 +11,7 @@
 //! | snapshot, helper, scratch node | its name | `blockdev-del` |
 //! | filter | its name; the edge to its file child says what was below | `qom-set drive`, `blockdev-del` |
 //! | descriptor set | its label | `remove-fd` |
+//! | latency histogram | its last boundary, which carries our owner's id; debt file `owed-histogram` with the last reading | set without boundaries, by [`detach`](super::Vm::detach); the next start goes on with it |
 //! | bitmap | its name | removed by [tracking](super::tracking) when the log does not need it |
 //!
 //! A debt file is written before the step and removed after its inverse. It needs no fsync: it outlives our death in the
@@ -44,6 +45,8 @@ pub enum Debt {
     Thaw,
     /// QEMU stays when the guest powers off, because we told it to.
     Quit,
+    /// Histograms are switched on by us.
+    Histogram,
 }
 
 impl Debt {
@@ -54,6 +57,7 @@ impl Debt {
             Debt::Nbd => "nbd",
             Debt::Thaw => "thaw",
             Debt::Quit => "quit",
+            Debt::Histogram => "histogram",
         }
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::digests::{ChunkDigest, Digests};
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
+use crate::impact::DiskImpact;
 use crate::machine::{Disk, FoundDisk, Machine};
 use crate::units::{CheckpointId, EpochId};
 
@@ -190,6 +191,9 @@ pub struct SessionStatus {
     pub sent_bytes: u64,
     /// Scratch in use.
     pub scratch_bytes: u64,
+    /// What it has cost the guest so far, by disk.
+    #[serde(default)]
+    pub impact: Vec<DiskImpact>,
 }
 
 /// Tracking of one disk.
@@ -296,6 +300,9 @@ pub struct Totals {
     pub prepare_us: u64,
     /// From the instant to the last byte sent, in microseconds.
     pub transfer_us: u64,
+    /// What it cost the guest, by disk.
+    #[serde(default)]
+    pub impact: Vec<DiskImpact>,
     /// What did not go as it should but harmed nothing, in words.
     #[serde(default)]
     pub warnings: Vec<String>,

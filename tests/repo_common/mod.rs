@@ -62,6 +62,7 @@ pub fn manifest(vm: &str, disks: &[(&str, Image)]) -> Manifest {
         same_bytes: 0,
         stored_bytes: 0,
         audit: None,
+        impact: None,
     };
     Manifest {
         id: PointId::random(),

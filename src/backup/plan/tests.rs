@@ -34,6 +34,7 @@ fn point(level: Level, disks: &[(&str, u64)]) -> Manifest {
         same_bytes: 0,
         stored_bytes: 0,
         audit: None,
+        impact: None,
     };
     let now = jiff::Timestamp::now();
     Manifest {
