@@ -36,7 +36,7 @@ const POINTS: [&str; 32] = [
     "fleece.export:2",
     "vm.begun",
     "transfer.sent",
-    "transfer.sent:9",
+    "transfer.sent:5",
     "vm.sent",
     "vm.closing",
     "undo.out",
