@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench bench-throughput lint cargo
 CARGO ?= cargo
-SCRIPTS := tests/setup.sh tests/guest/build.sh demo/run.sh .ci/run
+SCRIPTS := tests/setup.sh tests/guest/build.sh tests/guest/build-db.sh tests/guest/setup-db tests/guest/init-db demo/run.sh .ci/run
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,7 @@ test: cargo ## all checks and tests, on real QEMUs of two versions
 	tests/setup.sh
 	$(MAKE) --no-print-directory lint
 	tests/guest/build.sh
+	tests/guest/build-db.sh
 	$(CARGO) test --locked --no-fail-fast
 
 lint: cargo ## formatting, clippy, scripts

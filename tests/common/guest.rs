@@ -19,6 +19,15 @@ pub fn guest_files() -> &'static Path {
     })
 }
 
+/// Where the disk of the guest with databases is; builds it on first use.
+pub fn database_disk() -> &'static Path {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    FILE.get_or_init(|| {
+        let said = run(&mut Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/build-db.sh")));
+        PathBuf::from(said.lines().last().expect("build-db.sh prints the directory")).join("db.raw")
+    })
+}
+
 /// A disk of the guest: a virtio-blk device with this id and serial number, `/dev/disk/NAME` in the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestDisk {
@@ -30,17 +39,19 @@ pub struct GuestDisk {
     pub size_bytes: u64,
     /// Whether it holds an ext4 that is mounted at `/mnt/NAME`.
     pub ext4: bool,
+    /// Whether it is the disk of [`database_disk`], from which the guest runs.
+    pub root: bool,
 }
 
 impl GuestDisk {
     /// An empty raw disk.
     pub const fn raw(name: &'static str, size_bytes: u64) -> GuestDisk {
-        GuestDisk { name, format: "raw", size_bytes, ext4: false }
+        GuestDisk { name, format: "raw", size_bytes, ext4: false, root: false }
     }
 
     /// An empty qcow2 disk.
     pub const fn qcow2(name: &'static str, size_bytes: u64) -> GuestDisk {
-        GuestDisk { name, format: "qcow2", size_bytes, ext4: false }
+        GuestDisk { name, format: "qcow2", size_bytes, ext4: false, root: false }
     }
 
     /// The same with an empty ext4 in it, mounted in the guest.
@@ -49,12 +60,24 @@ impl GuestDisk {
         self
     }
 
+    /// The root of the guest with databases: a qcow2 over the built disk, or a raw restored one.
+    pub const fn databases(name: &'static str, format: &'static str) -> GuestDisk {
+        GuestDisk { name, format, size_bytes: 0, ext4: false, root: true }
+    }
+
     /// File name of the image: `NAME.raw`, `NAME.qcow2`.
     pub fn file_name(&self) -> String {
         format!("{}.{}", self.name, self.format)
     }
 
-    fn create(&self, version: Version, dir: &Path) {
+    /// Makes the image in a directory.
+    pub fn create(&self, version: Version, dir: &Path) {
+        if self.root {
+            run(Command::new(version.program("qemu-img"))
+                .args(["create", "-q", "-f", self.format, "-F", "raw", "-b"])
+                .args([database_disk(), &dir.join(self.file_name())]));
+            return;
+        }
         let raw = dir.join(format!("{}.raw", self.name));
         std::fs::File::create(&raw).unwrap().set_len(self.size_bytes).unwrap();
         if self.ext4 {
@@ -114,6 +137,9 @@ impl Guest {
             .to_owned();
         if !mounts.is_empty() {
             write!(line, " livebackup.mount={}", mounts.join(",")).unwrap();
+        }
+        if let Some(root) = disks.iter().find(|d| d.root) {
+            write!(line, " livebackup.root={}", root.name).unwrap();
         }
         let (kernel, initramfs) = (files.join("vmlinuz"), files.join("initramfs"));
         let mut all: Vec<String> = [
