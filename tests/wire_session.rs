@@ -32,7 +32,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// Times for tests in which an end falls silent; signs of life are frequent.
 fn quick() -> Timing {
-    let (alive_every, silence) = (Duration::from_millis(20), Duration::from_secs(1));
+    let (alive_every, silence) = (Duration::from_millis(20), Duration::from_secs(4));
     Timing { alive_every, silence, farewell: silence, ..Timing::default() }
 }
 
@@ -567,4 +567,37 @@ async fn noise_at_either_end_is_only_an_error() {
         }
         assert!(last.unwrap().is_err());
     }
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_stuck_however_alive_it_is() {
+    let timing = Timing { stuck: Duration::from_millis(300), ..quick() };
+    let mut server = server(timing).await;
+    let session = connect(&server, quick()).await.begin(begin()).await.unwrap();
+    let sidecar = server.sidecars.recv().await.unwrap();
+    // More than all buffers on the way hold; the client says that it lives all the time, and takes none of it.
+    let sending = async {
+        for round in 0.. {
+            let bytes = Bytes::from(vec![1; MIB as usize]);
+            let offset_bytes = round % 64 * MIB;
+            if sidecar.events.send(Ok(Event::Data { disk: 0, offset_bytes, bytes })).await.is_err() {
+                return;
+            }
+        }
+    };
+    timeout(LONG, sending).await.expect("the session is given up");
+    let failure = server.served.await.unwrap().unwrap_err();
+    assert!(failure.code == FailureCode::Disconnected && failure.message.contains("is stuck"), "{failure}");
+    drop(session);
+}
+
+#[tokio::test]
+async fn no_session_is_longer_than_the_limit() {
+    let timing = Timing { session: Duration::from_millis(100), ..quick() };
+    let mut server = server(timing).await;
+    let mut session = connect(&server, quick()).await.begin(begin()).await.unwrap();
+    let sidecar = server.sidecars.recv().await.unwrap();
+    let failure = next(&mut session).await.unwrap_err();
+    assert!(failure.code == FailureCode::Broken && failure.message.contains("given up"), "{failure}");
+    timeout(LONG, sidecar.events.closed()).await.expect("the sidecar's side ends");
 }

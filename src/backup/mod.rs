@@ -53,6 +53,8 @@ pub struct BackupOptions {
     pub include: Vec<String>,
     /// Not these disks.
     pub exclude: Vec<String>,
+    /// Wait for one's turn where another backup of the VM runs.
+    pub wait: bool,
     /// How chunks are stored.
     pub compression: Compression,
     /// Programs of the operator around the backup.
@@ -69,6 +71,7 @@ impl Default for BackupOptions {
             level: LevelChoice::Auto,
             include: Vec::new(),
             exclude: Vec::new(),
+            wait: true,
             compression: Compression::Zstd(1),
             hooks: Vec::new(),
             freeze: None,
@@ -116,6 +119,7 @@ async fn choose(
         chunk_bytes,
         checkpoint: options.level != LevelChoice::Copy,
         incremental_only: options.level == LevelChoice::Incremental,
+        wait: options.wait,
         freeze: options.freeze,
         digests: plan.scans.keys().cloned().collect(),
         audit: None,

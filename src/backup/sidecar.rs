@@ -2,7 +2,7 @@
 
 use crate::machine::{FoundDisk, Machine};
 use crate::vm::Vm;
-use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus};
+use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting};
 use crate::wire::{Client, Door};
 
 /// Who has the VM.
@@ -109,11 +109,14 @@ impl Sidecar {
         }
     }
 
-    /// Opens a session.
+    /// Opens a session. Where another backup runs, its turn is waited for, if `begin` says so.
     pub async fn begin(self, begin: Begin) -> Result<Session, Failure> {
         match self {
             Self::Local(vm) => vm.begin(begin).await,
-            Self::Remote(client, _) => client.begin(begin).await,
+            Self::Remote(client, _) => {
+                let say = |waiting: &Waiting| tracing::warn!(ahead = waiting.ahead, "waiting: {}", waiting.why);
+                client.begin_when_free(begin, say).await
+            }
         }
     }
 }

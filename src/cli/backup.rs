@@ -38,6 +38,9 @@ pub struct BackupArgs {
     /// written: finds out whether tracking can be believed. 0 for none; else 16 chunks of each disk at least.
     #[arg(long, value_name = "PERCENT", value_parser = super::values::percent, default_value = "1")]
     audit: u32,
+    /// Do not wait for one's turn where another backup of the VM runs.
+    #[arg(long)]
+    no_wait: bool,
     #[command(flatten)]
     quiet: QuietArgs,
 }
@@ -191,7 +194,8 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
-    let options = BackupOptions { compression, freeze, audit_permille, hooks, ..args.what.options() };
+    let wait = !args.no_wait;
+    let options = BackupOptions { compression, freeze, audit_permille, hooks, wait, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

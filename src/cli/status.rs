@@ -8,11 +8,15 @@ use serde::Serialize;
 
 use super::args::SourceArgs;
 use super::context::Context;
+use super::dial::dial;
 use super::exit::{self, Code};
 use super::open;
+use super::source::{self, Source};
 use super::table::Table;
+use crate::backup::Sidecar;
 use crate::units::human_bytes;
-use crate::wire::message::VmStatus;
+use crate::wire::Client;
+use crate::wire::message::{Failure, FailureCode, Reply, Request, SessionStatus, VmStatus};
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -28,13 +32,32 @@ pub struct StatusArgs {
     watch: bool,
 }
 
+/// VMs of one look; `before` is the look before it.
 #[derive(Serialize)]
 #[serde(transparent)]
-struct StatusReport(VmStatus);
+struct StatusReport<'a> {
+    status: &'a VmStatus,
+    #[serde(skip)]
+    before: Option<&'a VmStatus>,
+}
 
-impl fmt::Display for StatusReport {
+/// All VMs of a server.
+#[derive(Serialize)]
+struct ServerReport<'a> {
+    vms: Vec<StatusReport<'a>>,
+}
+
+/// Bytes a second: since the look before where it was of the same session, else since the instant.
+fn rate(now: &SessionStatus, before: Option<&SessionStatus>) -> u64 {
+    let before = before.filter(|before| before.instant == now.instant && before.running_ms < now.running_ms);
+    let (bytes, ms) = before.map_or((0, 0), |before| (before.sent_bytes, before.running_ms));
+    let (bytes, ms) = (now.sent_bytes.saturating_sub(bytes), now.running_ms - ms);
+    (u128::from(bytes) * 1000 / u128::from(ms.max(1))) as u64
+}
+
+impl fmt::Display for StatusReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let status = &self.0;
+        let status = self.status;
         write!(f, "{}: {}", status.vm, status.state)?;
         match &status.qemu_version {
             Some(version) => writeln!(f, ", QEMU {version}")?,
@@ -42,15 +65,34 @@ impl fmt::Display for StatusReport {
         }
         status.alarms.iter().try_for_each(|alarm| writeln!(f, "ALARM: {alarm}"))?;
         match &status.session {
+            None if status.qemu_version.is_none() => {}
             None => writeln!(f, "no backup is running")?,
-            Some(session) => writeln!(
-                f,
-                "a backup is running: instant {:.0}, {} of {} sent, {} of scratch",
-                session.instant,
-                human_bytes(session.sent_bytes),
-                human_bytes(session.needed_bytes),
-                human_bytes(session.scratch_bytes)
-            )?,
+            Some(session) => {
+                let rate = rate(session, self.before.and_then(|before| before.session.as_ref()));
+                let by = session.client.as_ref().map(|client| format!(" for {client}")).unwrap_or_default();
+                writeln!(
+                    f,
+                    "a backup is running{by}: instant {:.0}, {} of {} sent, {}/s, {} of scratch",
+                    session.instant,
+                    human_bytes(session.sent_bytes),
+                    human_bytes(session.needed_bytes),
+                    human_bytes(rate),
+                    human_bytes(session.scratch_bytes)
+                )?;
+            }
+        }
+        for waiting in &status.queue {
+            writeln!(f, "waiting: {}, since {:.0}", waiting.client, waiting.since)?;
+        }
+        if let Some(last) = &status.last {
+            let took_s = last.took_ms as f64 / 1000.0;
+            match &last.failure {
+                None => writeln!(f, "last: {:.0}, {} sent, {took_s:.1} s", last.ended, human_bytes(last.sent_bytes))?,
+                Some(failure) => writeln!(f, "last: {:.0}, failed after {took_s:.1} s: {failure}", last.ended)?,
+            }
+        }
+        if status.disks.is_empty() {
+            return Ok(());
         }
         for disk in status.session.iter().flat_map(|session| &session.impact) {
             writeln!(f, "  guest on {}: {}", disk.disk, disk.impact)?;
@@ -76,20 +118,88 @@ impl fmt::Display for StatusReport {
     }
 }
 
+impl fmt::Display for ServerReport<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.vms.is_empty() {
+            return writeln!(f, "the server shows no VM");
+        }
+        for (i, vm) in self.vms.iter().enumerate() {
+            let gap = if i > 0 { "\n" } else { "" };
+            write!(f, "{gap}{vm}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Whose state is asked for.
+enum Asked {
+    One(Sidecar),
+    All(Box<Client>),
+}
+
+impl Asked {
+    async fn look(&mut self) -> Result<Vec<VmStatus>, Failure> {
+        match self {
+            Self::One(sidecar) => Ok(vec![sidecar.status().await?]),
+            Self::All(client) => match client.request(Request::Status { vm: None }).await? {
+                Reply::Status { vms } => Ok(vms),
+                _ => Err(Failure::new(FailureCode::Protocol, "the server answered something else to `status`")),
+            },
+        }
+    }
+}
+
 pub async fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Code> {
     let source = args.source.clone().ok_or_else(|| {
         exit::usage("say which VM: `livebackup status qmp:PATH`, or `livebackup status livebackup://HOST:PORT/VM`")
     })?;
-    let source = SourceArgs { source, vm: args.vm.clone() };
-    let mut sidecar = open::open(context, &source).await?;
+    let mut asked = match source::parse(&source)? {
+        Source::Server(address, None) if args.vm.is_none() => {
+            Asked::All(Box::new(context.unless_interrupted(dial(context, &address)).await?))
+        }
+        _ => Asked::One(open::open(context, &SourceArgs { source, vm: args.vm.clone() }).await?),
+    };
+    let mut before: Vec<VmStatus> = vec![];
     loop {
-        context.output.print(&StatusReport(context.unless_interrupted(sidecar.status()).await?));
+        let now = context.unless_interrupted(asked.look()).await?;
+        let reports = now
+            .iter()
+            .map(|status| StatusReport { status, before: before.iter().find(|before| before.vm == status.vm) });
+        let mut reports: Vec<_> = reports.collect();
+        match asked {
+            Asked::One(_) => reports.drain(..).for_each(|report| context.output.print(&report)),
+            Asked::All(_) => context.output.print(&ServerReport { vms: reports }),
+        }
         if !args.watch {
             return Ok(Code::Good);
         }
+        before = now;
         tokio::select! {
             () = context.asked_to_stop() => return Ok(Code::Good),
             () = tokio::time::sleep(WATCH_EVERY) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_that_of_the_time_between_two_looks() {
+        let session = |sent_bytes, running_ms| SessionStatus {
+            instant: jiff::Timestamp::UNIX_EPOCH,
+            needed_bytes: 1 << 30,
+            sent_bytes,
+            scratch_bytes: 0,
+            running_ms,
+            client: None,
+            impact: vec![],
+        };
+        assert_eq!(rate(&session(5000, 1000), None), 5000);
+        assert_eq!(rate(&session(9000, 2000), Some(&session(5000, 1000))), 4000);
+        let other = SessionStatus { instant: jiff::Timestamp::MAX, ..session(100, 1) };
+        assert_eq!(rate(&session(5000, 1000), Some(&other)), 5000);
+        assert_eq!(rate(&session(0, 0), Some(&session(0, 0))), 0);
     }
 }

@@ -5,6 +5,7 @@
 //! state = "/var/lib/livebackup"    # may be left out
 //! scratch = "/var/scratch"         # may be left out
 //! scratch_budget = "20 GiB"        # may be left out
+//! max_sessions = 8                 # backups at once; further ones wait; may be left out
 //! unix_group = "backup"            # who may use a unix socket besides root and the server's own user
 //!
 //! [tls]                            # needed off the loopback; every TCP address speaks TLS then
@@ -55,6 +56,10 @@ use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
 use crate::wire::tls::TlsFiles;
 
+/// Sessions at once unless something else is configured.
+const DEFAULT_SESSIONS: usize = 8;
+/// Most that may be configured.
+const MAX_SESSIONS: usize = 64;
 /// Most addresses to listen at.
 const MAX_ADDRESSES: usize = 16;
 /// Longest configuration file.
@@ -71,6 +76,8 @@ pub struct Config {
     pub clients: Vec<Grants>,
     /// Who may use a unix socket besides root and the server's own user.
     pub unix_group: Option<String>,
+    /// Sessions at once, at most: each has a fleece, and holds up to 32 MiB in flight.
+    pub max_sessions: usize,
     /// State directory, if the file names one.
     pub state: Option<PathBuf>,
     /// Scratch directory.
@@ -102,6 +109,7 @@ struct File {
     #[serde(default)]
     client: Vec<ClientTable>,
     unix_group: Option<String>,
+    max_sessions: Option<usize>,
     state: Option<PathBuf>,
     scratch: Option<PathBuf>,
     scratch_budget: Option<String>,
@@ -224,12 +232,17 @@ impl Config {
             return Err(format!("listen names {} addresses: 1 to {MAX_ADDRESSES} are possible", listen.len()));
         }
         let listen: Result<_, _> = listen.iter().map(|text| parse_listen(text, tls.is_some())).collect();
+        let max_sessions = file.max_sessions.unwrap_or(DEFAULT_SESSIONS);
+        if !(1..=MAX_SESSIONS).contains(&max_sessions) {
+            return Err(format!("max_sessions is a number from 1 to {MAX_SESSIONS}"));
+        }
         let budget = file.scratch_budget.as_deref().map(parse_size).transpose()?;
         Ok(Self {
             listen: listen?,
             tls,
             clients,
             unix_group: file.unix_group,
+            max_sessions,
             state: file.state,
             scratch: file.scratch,
             scratch_budget_bytes: budget,

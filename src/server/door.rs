@@ -8,7 +8,8 @@
 //!
 //! Few may shake hands at once, and each has little time for it, so that strangers cannot take the places of clients.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
@@ -24,6 +25,9 @@ use crate::wire::tls::{Acceptor, ends_soon};
 
 /// Handshakes at once, at most.
 const MAX_HANDSHAKES: usize = 32;
+
+/// Connections of one client at once, at most.
+const MAX_OF_ONE: usize = 32;
 
 /// A connection that nothing is known of yet.
 #[derive(Debug)]
@@ -41,6 +45,25 @@ pub struct Door {
     clients: Vec<Grants>,
     group: Option<Gid>,
     handshakes: Arc<Semaphore>,
+    /// How many connections each client has.
+    places: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+/// A client's place among the connections; free again when it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    places: Arc<Mutex<HashMap<String, usize>>>,
+    name: String,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        match places.get_mut(&self.name) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(places.remove(&self.name)),
+        }
+    }
 }
 
 impl Door {
@@ -52,7 +75,7 @@ impl Door {
         if tls.is_some() && clients.is_empty() {
             tracing::warn!("nobody can come in by TLS: the configuration has no [[client]] table");
         }
-        Ok(Self { tls, clients, group, handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)) })
+        Ok(Self { tls, clients, group, handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)), places: Arc::default() })
     }
 
     /// The group that may use the unix socket.
@@ -92,6 +115,19 @@ impl Door {
             Grants { name: about.name, vms: vec![], may: vec![] }
         });
         Ok((stream, Caller::Client(grants)))
+    }
+
+    /// A place for one more connection of a client, which must not take all of them. Local callers have no such limit.
+    pub fn place(&self, caller: &Caller) -> Result<Option<Place>, Failure> {
+        let Caller::Client(grants) = caller else { return Ok(None) };
+        let name = grants.name.clone();
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = places.entry(name.clone()).or_default();
+        if *count >= MAX_OF_ONE {
+            return Err(bad(format!("a connection of {name:?} was refused: it has {MAX_OF_ONE}")));
+        }
+        *count += 1;
+        Ok(Some(Place { places: self.places.clone(), name }))
     }
 
     fn of_socket(&self, stream: &UnixStream) -> Result<Caller, Failure> {

@@ -25,6 +25,7 @@ mod door;
 pub mod grants;
 mod keep;
 mod listen;
+mod queue;
 mod service;
 
 pub use config::Config;
@@ -61,7 +62,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
         listeners.push(Listener::bind(address, door.group()).await?);
     }
     let served_at = nearest(&listeners);
-    let service = Service::default();
+    let service = Service::new(config.max_sessions);
     let mut keepers = JoinSet::new();
     for vm in &config.vms {
         let options = VmOptions {
@@ -111,9 +112,11 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 /// A connection, from the door to its end.
 async fn converse(door: Arc<Door>, service: Service, incoming: Incoming) {
     let timing = Timing::default();
-    match door.admit(incoming, timing.hello).await {
+    let admitted = door.admit(incoming, timing.hello).await;
+    let admitted = admitted.and_then(|(stream, caller)| Ok((stream, door.place(&caller)?, caller)));
+    match admitted {
         Err(failure) => tracing::warn!("{failure}"),
-        Ok((stream, caller)) => {
+        Ok((stream, _place, caller)) => {
             let (service, caller) = (&service, &caller);
             // What went wrong is logged where it was seen.
             let _ = serve_connection(stream, timing, |request| service.answer(caller, request)).await;

@@ -5,10 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
+use super::bad;
 use super::grants::Caller;
+use super::queue::{Place, Queue};
 use crate::vm::Vm;
 use crate::wire::Answer;
-use crate::wire::message::{Failure, FailureCode, Reply, Request, VmEntry, VmStatus};
+use crate::wire::message::{Begin, Failure, FailureCode, Reply, Request, Session, VmEntry, VmStatus};
 
 /// How long a request waits for VMs that are being attached at the service's start.
 const FIRST_ATTACH_WITHIN: Duration = Duration::from_secs(10);
@@ -23,13 +27,19 @@ pub enum State {
     Away(String),
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Service {
     /// By name. A VM without a configured name is known by its monitor until it was attached.
     vms: Arc<Mutex<BTreeMap<String, State>>>,
+    queue: Queue,
 }
 
 impl Service {
+    /// A service that knows no VM yet.
+    pub fn new(max_sessions: usize) -> Self {
+        Self { vms: Arc::default(), queue: Queue::new(max_sessions) }
+    }
+
     pub fn set(&self, name: &str, state: State) {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), state);
     }
@@ -92,11 +102,44 @@ impl Service {
             Request::Estimate(begin) => {
                 Reply::Estimate { disks: self.vm(caller, &begin.vm).await?.estimate(begin).await? }
             }
-            Request::Begin(begin) => return Ok(Answer::Session(self.vm(caller, &begin.vm).await?.begin(begin).await?)),
+            Request::Begin(begin) => return self.begin(caller, begin).await,
             Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
             Request::Ack(_) => return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session")),
         };
         Ok(Answer::Reply(reply))
+    }
+
+    /// Begins a session, or puts the caller into the queue.
+    async fn begin(&self, caller: &Caller, begin: Begin) -> Result<Answer, Failure> {
+        let vm = self.vm(caller, &begin.vm).await?;
+        let place = self.queue.join(vm.name(), caller.name())?;
+        if place.runs() {
+            return Ok(Answer::Session(open(vm, begin, place).await?));
+        }
+        let reason = place.reason();
+        if !begin.wait {
+            return Err(Failure::new(
+                FailureCode::Busy,
+                format!("{}; without --no-wait its turn is waited for", reason.why),
+            ));
+        }
+        let (service, caller) = (self.clone(), caller.clone());
+        let later = async move {
+            place.turn().await;
+            // QEMU may have been started anew meanwhile.
+            let vm = service.vm(&caller, &begin.vm).await?;
+            Ok(Answer::Session(open(vm, begin, place).await?))
+        };
+        Ok(Answer::Later(reason, Box::pin(later)))
+    }
+
+    /// A VM's state, with what the queue knows.
+    fn with_queue(&self, mut status: VmStatus) -> VmStatus {
+        status.queue = self.queue.waiting_for(&status.vm);
+        if let Some(session) = &mut status.session {
+            session.client = self.queue.running(&status.vm).map(|running| running.client);
+        }
+        status
     }
 
     async fn list(&self, caller: &Caller) -> Vec<VmEntry> {
@@ -114,12 +157,12 @@ impl Service {
 
     async fn status(&self, caller: &Caller, vm: Option<String>) -> Result<Vec<VmStatus>, Failure> {
         if let Some(name) = vm {
-            return Ok(vec![self.vm(caller, &name).await?.status().await]);
+            return Ok(vec![self.with_queue(self.vm(caller, &name).await?.status().await)]);
         }
         let mut out = vec![];
         for (vm, state) in self.seen_by(caller) {
             out.push(match state {
-                State::Attached(v) => v.status().await,
+                State::Attached(v) => self.with_queue(v.status().await),
                 State::Starting => unreached(vm, STARTING.to_owned()),
                 State::Away(why) => unreached(vm, why),
             });
@@ -128,7 +171,20 @@ impl Service {
     }
 }
 
+/// Opens a session in a task of its own, which keeps the place in the queue until the fleece is out of QEMU, also when the
+/// caller has left.
+async fn open(vm: Vm, begin: Begin, place: Place) -> Result<Session, Failure> {
+    let (reply, answer) = oneshot::channel();
+    tokio::spawn(async move {
+        // A session that nobody hears of any more is dropped, and so ended.
+        let _ = reply.send(vm.begin(begin).await);
+        vm.idle().await;
+        drop(place);
+    });
+    answer.await.map_err(|_| bad("the session's task ended before its instant; the log says why"))?
+}
+
 /// Status of a VM that is not attached.
 fn unreached(vm: String, state: String) -> VmStatus {
-    VmStatus { vm, state, qemu_version: None, session: None, disks: vec![], alarms: vec![] }
+    VmStatus { vm, state, qemu_version: None, session: None, disks: vec![], alarms: vec![], queue: vec![], last: None }
 }

@@ -86,6 +86,7 @@ impl Vm {
             session: Arc::new(Mutex::new(())),
             board: Mutex::default(),
             progress: StdMutex::new(None),
+            last: StdMutex::default(),
             tracking: StdMutex::default(),
             doubts: StdMutex::default(),
             sessions: watch::Sender::new(0),

@@ -18,14 +18,16 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use crate::checkpoint::{Log, Medium, QemuInstance};
 use crate::machine::{Disk, FoundDisk, Machine, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
-use crate::wire::message::{Begin, Failure, FailureCode, SessionStatus, Taken, TrackingStatus};
+use crate::wire::message::{Begin, Failure, FailureCode, LastSession, SessionStatus, Taken, TrackingStatus};
 
 mod agent;
 mod attach;
@@ -125,6 +127,9 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> Failure {
     Failure::new(FailureCode::Internal, error.to_string())
 }
 
+/// How long a session waits for whoever looks at the VM.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
+
 /// An attached VM. Clones share it; the locks go with the last one.
 #[derive(Clone)]
 pub struct Vm {
@@ -143,6 +148,7 @@ struct Inner {
     session: Arc<Mutex<()>>,
     board: Mutex<graph::Board>,
     progress: StdMutex<Option<SessionStatus>>,
+    last: StdMutex<Option<LastSession>>,
     /// What the last status said of the disks.
     tracking: StdMutex<Vec<TrackingStatus>>,
     /// Why epochs were not carried over to this QEMU, by disk.
@@ -217,6 +223,29 @@ impl Vm {
                 format!("another backup of VM {:?} is running{since}; wait for its end", self.inner.name),
             )
         })
+    }
+
+    /// The lock for a session. A look at the VM's state is waited for, and so is a session that is about to end.
+    async fn claim_for_session(&self) -> Result<OwnedMutexGuard<()>, Failure> {
+        match tokio::time::timeout(LOOK_WITHIN, self.inner.session.clone().lock_owned()).await {
+            Ok(guard) => Ok(guard),
+            Err(_) => self.claim(),
+        }
+    }
+
+    /// How the last session ended.
+    fn last(&self) -> Option<LastSession> {
+        self.inner.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_last(&self, started: Instant, sent_bytes: u64, failure: Option<&Failure>) {
+        let last = LastSession {
+            ended: Timestamp::now(),
+            took_ms: started.elapsed().as_millis() as u64,
+            sent_bytes,
+            failure: failure.map(ToString::to_string),
+        };
+        *self.inner.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(last);
     }
 
     fn progress(&self) -> Option<SessionStatus> {

@@ -49,7 +49,7 @@ impl Vm {
     /// Opens a fleece and starts to send. The session ends when its events have been taken, or are dropped; a caller that
     /// goes away before there is one ends it too.
     pub async fn begin(&self, begin: Begin) -> Result<Session, Failure> {
-        let guard = self.claim()?;
+        let guard = self.claim_for_session().await?;
         let (reply, answer) = oneshot::channel();
         let vm = self.clone();
         tokio::spawn(async move { vm.session(begin, reply, guard).await });
@@ -71,6 +71,7 @@ impl Vm {
         let Opened { fleece, disks, left_out, mut evidence, meter } = match opened {
             Ok(opened) => opened,
             Err(failure) => {
+                self.set_last(start, 0, Some(&failure));
                 self.clean_up().await;
                 program::after(hooks, Phase::Session, &about, Err(failure.message.clone())).await;
                 // Who hears of it may ask again at once.
@@ -92,8 +93,15 @@ impl Vm {
             evidence: Box::new(evidence),
         };
         let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).sum();
-        let progress =
-            SessionStatus { instant: begun.instant, needed_bytes, sent_bytes: 0, scratch_bytes: 0, impact: vec![] };
+        let progress = SessionStatus {
+            instant: begun.instant,
+            needed_bytes,
+            sent_bytes: 0,
+            scratch_bytes: 0,
+            running_ms: 0,
+            client: None,
+            impact: vec![],
+        };
         self.set_progress(|p| *p = Some(progress));
         let (events, event_queue) = mpsc::channel(EVENTS_WAITING);
         let (acks, ack_queue) = mpsc::unbounded_channel();
@@ -108,6 +116,11 @@ impl Vm {
         if let Ok(Event::End(totals)) = &mut last {
             totals.warnings.extend(warnings);
         }
+        let sent_bytes = match &last {
+            Ok(Event::End(totals)) => totals.data_bytes + totals.zero_bytes,
+            _ => 0,
+        };
+        self.set_last(start, sent_bytes, last.as_ref().err());
         // The VM is free; a client that takes its time with the last word keeps nobody waiting.
         drop(guard);
         self.count_session();

@@ -10,7 +10,7 @@ use crate::checkpoint::Medium;
 use crate::machine::Verdict;
 use crate::monitor;
 use crate::units::human_bytes;
-use crate::wire::message::{Failure, TrackingStatus, VmStatus};
+use crate::wire::message::{Failure, SessionStatus, TrackingStatus, VmStatus};
 
 impl Vm {
     /// State for people and programs.
@@ -55,13 +55,25 @@ impl Vm {
 
     fn vm_status(&self, state: String, disks: Vec<TrackingStatus>, idle: bool) -> VmStatus {
         let qemu_version = Some(self.inner.machine.qemu_version.clone());
-        let session = self.progress();
+        let session = self.progress().map(|session| SessionStatus {
+            running_ms: Timestamp::now().duration_since(session.instant).as_millis().max(0) as u64,
+            ..session
+        });
         let owed = undo::Debts::new(&self.inner.place.sockets).owed(undo::Debt::Thaw);
         // While a fleece opens the debt is normal: it is there for a fraction of the lease.
         let alarm = "the guest may be FROZEN by a backup whose thaw its agent has not confirmed; the thaw is being \
                      tried; if the guest hangs, start its agent again (it knows that it has to thaw), or reset the guest";
         let alarms = if owed && (session.is_some() || idle) { vec![alarm.to_owned()] } else { vec![] };
-        VmStatus { vm: self.inner.name.clone(), state, qemu_version, session, disks, alarms }
+        VmStatus {
+            vm: self.inner.name.clone(),
+            state,
+            qemu_version,
+            session,
+            disks,
+            alarms,
+            queue: vec![],
+            last: self.last(),
+        }
     }
 
     /// Takes everything of ours out of QEMU, bitmaps too, and ends the epochs. Says what it removed.

@@ -20,7 +20,7 @@ use super::digests::Digests;
 use super::frame::{self, Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
 use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
-use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Taken};
+use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Taken, Waiting};
 use super::reader::{Frame, FrameReader};
 use super::tls::Connector;
 use super::writer::FrameWriter;
@@ -161,10 +161,14 @@ impl Client {
         if matches!(request, Request::Begin(_) | Request::Ack(_)) {
             return Err(Failure::new(FailureCode::Internal, "sessions are begun with Client::begin"));
         }
-        self.exchange(request).await
+        self.exchange(request, &mut |_| {}).await
     }
 
-    async fn exchange(&mut self, request: Request) -> Result<Reply, Failure> {
+    async fn exchange(
+        &mut self,
+        request: Request,
+        on_waiting: &mut (dyn FnMut(&Waiting) + Send),
+    ) -> Result<Reply, Failure> {
         if self.spent {
             let what = format!("the connection to {} was given up in the middle of a request", self.peer);
             return Err(Failure::new(FailureCode::Disconnected, what));
@@ -180,7 +184,10 @@ impl Client {
             tokio::select! {
                 frame = self.reader.next(self.timing.silence) => match frame? {
                     Some(Frame::Alive) => {}
-                    Some(Frame::Control(json)) => break read_reply(&json, &self.peer)?,
+                    Some(Frame::Control(json)) => match read_reply(&json, &self.peer)? {
+                        Reply::Waiting(waiting) => on_waiting(&waiting),
+                        reply => break reply,
+                    },
                     Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
                         return Err(breach(&self.peer, "data without a session"));
                     }
@@ -208,8 +215,20 @@ impl Client {
     ///
     /// # Errors
     /// What the server answers, or what happened to the connection.
-    pub async fn begin(mut self, begin: Begin) -> Result<Session, Failure> {
-        let begun = match self.exchange(Request::Begin(begin.clone())).await? {
+    pub async fn begin(self, begin: Begin) -> Result<Session, Failure> {
+        self.begin_when_free(begin, |_| {}).await
+    }
+
+    /// [`Client::begin`], with a word on what is waited for.
+    ///
+    /// # Errors
+    /// As [`Client::begin`].
+    pub async fn begin_when_free(
+        mut self,
+        begin: Begin,
+        mut on_waiting: impl FnMut(&Waiting) + Send,
+    ) -> Result<Session, Failure> {
+        let begun = match self.exchange(Request::Begin(begin.clone()), &mut on_waiting).await? {
             Reply::Begun(begun) => *begun,
             other => return Err(breach(&self.peer, &format!("{} in answer to a begin", name(&other)))),
         };
@@ -377,6 +396,7 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Status { .. } => "a status",
         Reply::Estimate { .. } => "an estimate",
         Reply::Begun(_) => "a second begin",
+        Reply::Waiting(_) => "a place in the queue",
         Reply::Sent => "\"sent\"",
         Reply::End(_) => "the end",
         Reply::Detached { .. } => "\"detached\"",

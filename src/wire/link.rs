@@ -21,6 +21,10 @@ pub struct Timing {
     pub silence: Duration,
     /// A server closes a connection that asks for nothing for this long.
     pub idle: Duration,
+    /// A client that takes nothing for so long while something waits to be sent is stuck: its session ends.
+    pub stuck: Duration,
+    /// No session is longer than this.
+    pub session: Duration,
     /// To tell a peer why the connection is closed.
     pub farewell: Duration,
 }
@@ -32,6 +36,8 @@ impl Default for Timing {
             alive_every: Duration::from_secs(10),
             silence: Duration::from_secs(30),
             idle: Duration::from_secs(600),
+            stuck: Duration::from_secs(120),
+            session: Duration::from_secs(24 * 3600),
             farewell: Duration::from_secs(2),
         }
     }

@@ -71,6 +71,9 @@ pub struct Begin {
     /// Refuse before the instant if any disk would have to be sent whole.
     #[serde(default)]
     pub incremental_only: bool,
+    /// Wait for one's turn where another backup runs; else the answer is [`FailureCode::Busy`].
+    #[serde(default)]
+    pub wait: bool,
     /// Whether the guest's file systems are frozen around the instant; as the sidecar is configured when absent.
     #[serde(default)]
     pub freeze: Option<Policy>,
@@ -138,6 +141,8 @@ pub enum Reply {
         /// One entry a disk.
         disks: Vec<Estimated>,
     },
+    /// To [`Request::Begin`] with [`Begin::wait`], before the answer itself: it is not this client's turn yet.
+    Waiting(Waiting),
     /// To [`Request::Begin`]: the instant is behind us; data follows.
     Begun(Box<Begun>),
     /// All data of the needed set has been sent; the fleece is being closed.
@@ -151,6 +156,39 @@ pub enum Reply {
     },
     /// The request or session failed.
     Failed(Failure),
+}
+
+/// What a session waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// In words.
+    pub why: String,
+    /// Since when that runs.
+    pub since: Option<Timestamp>,
+    /// Others that wait for the same VM and came before.
+    pub ahead: u32,
+}
+
+/// Somebody in the queue of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queued {
+    /// The client.
+    pub client: String,
+    /// Since when it waits, or runs.
+    pub since: Timestamp,
+}
+
+/// How the last session of a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastSession {
+    /// When.
+    pub ended: Timestamp,
+    /// How long it was open, in milliseconds.
+    pub took_ms: u64,
+    /// Bytes sent (zeroes count).
+    pub sent_bytes: u64,
+    /// Why it failed, if it did.
+    pub failure: Option<String>,
 }
 
 /// One VM in a list.
@@ -175,6 +213,12 @@ pub struct VmStatus {
     pub session: Option<SessionStatus>,
     /// Per disk the state of tracking.
     pub disks: Vec<TrackingStatus>,
+    /// Who waits for a session, the first first.
+    #[serde(default)]
+    pub queue: Vec<Queued>,
+    /// The last session since the sidecar was started.
+    #[serde(default)]
+    pub last: Option<LastSession>,
     /// What somebody has to look at now, in sentences.
     #[serde(default)]
     pub alarms: Vec<String>,
@@ -194,6 +238,12 @@ pub struct SessionStatus {
     /// What it has cost the guest so far, by disk.
     #[serde(default)]
     pub impact: Vec<DiskImpact>,
+    /// Milliseconds since the instant.
+    #[serde(default)]
+    pub running_ms: u64,
+    /// Whose session it is, where there is a queue.
+    #[serde(default)]
+    pub client: Option<String>,
 }
 
 /// Tracking of one disk.

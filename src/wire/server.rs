@@ -10,6 +10,7 @@
 //! that reads slowly slows its session down, since events are taken only as fast as they are written. What arrives is
 //! bounded before memory is taken, and read only while there is room for it.
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -21,17 +22,29 @@ use super::digests::Digests;
 use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use super::hello;
 use super::link::{Stream, Timing, every};
-use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session};
+use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
 use super::reader::{Frame, FrameReader};
 use super::writer::FrameWriter;
+use crate::block::BoxFuture;
 
 /// What a handler answers.
-#[derive(Debug)]
 pub enum Answer {
     /// To all but [`Request::Begin`].
     Reply(Reply),
     /// To [`Request::Begin`].
     Session(Session),
+    /// To [`Request::Begin`]: not yet. The client is told why, and waits for the other answer.
+    Later(Waiting, BoxFuture<'static, Result<Answer, Failure>>),
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reply(reply) => f.debug_tuple("Reply").field(reply).finish(),
+            Self::Session(session) => f.debug_tuple("Session").field(session).finish(),
+            Self::Later(waiting, _) => f.debug_tuple("Later").field(waiting).finish(),
+        }
+    }
 }
 
 /// Serves one connection to its end: says hello, hands each request to `handler`, and carries a session's events and
@@ -106,10 +119,16 @@ impl Connection {
                 }
                 _ => None,
             };
-            let answer = self.while_alive(handler(request)).await?;
+            let mut answer = self.while_alive(handler(request)).await?;
+            while let Ok(Answer::Later(waiting, later)) = answer {
+                self.reply(&Reply::Waiting(waiting)).await?;
+                answer = self.while_alive(later).await?;
+            }
             match (answer, begin) {
                 (Ok(Answer::Session(session)), Some(begin)) => return self.session(&begin, session).await,
-                (Ok(Answer::Session(_)), None) => return Err(internal("a session was opened that nobody asked for")),
+                (Ok(Answer::Session(_) | Answer::Later(..)), _) => {
+                    return Err(internal("a session was opened that nobody asked for"));
+                }
                 (Ok(Answer::Reply(reply)), _) => self.reply(&reply).await?,
                 (Err(failure), _) => self.reply(&Reply::Failed(failure)).await?,
             }
@@ -169,7 +188,12 @@ impl Connection {
         self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
         let Self { reader, writer, timing, peer } = self;
         tokio::select! {
-            pumped = pump(writer, &mut events, &acks, timing.alive_every) => pumped?,
+            pumped = pump(writer, &mut events, &acks, timing, peer) => pumped?,
+            () = sleep(timing.session) => {
+                let hours = timing.session.as_secs_f64() / 3600.0;
+                let what = format!("the session of {peer} was given up: it was open for {hours:.1} h, and none may be longer");
+                return Err(Failure::new(FailureCode::Broken, what));
+            }
             failure = take(reader, &to_sidecar, &acks, digests, timing.silence, peer) => return Err(failure),
         }
         // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
@@ -214,11 +238,12 @@ async fn pump(
     writer: &mut FrameWriter,
     events: &mut mpsc::Receiver<Result<Event, Failure>>,
     acks: &Acks,
-    alive_every: Duration,
+    timing: &Timing,
+    peer: &str,
 ) -> Result<(), Failure> {
     loop {
-        writer.flush().await?;
-        let Ok(first) = timeout(alive_every, events.recv()).await else {
+        write_out(writer, timing, peer).await?;
+        let Ok(first) = timeout(timing.alive_every, events.recv()).await else {
             writer.push(Encoded::alive());
             continue;
         };
@@ -230,13 +255,24 @@ async fn pump(
                     push_event(writer, event, acks)?;
                     if last {
                         acks.over();
-                        return Ok(writer.flush().await?);
+                        return write_out(writer, timing, peer).await;
                     }
                 }
                 Some(Err(failure)) => return Err(failure),
                 None => return Err(internal("the sidecar gave the session up without saying why")),
             }
             next = if writer.is_full() { None } else { events.try_recv().ok().map(Some) };
+        }
+    }
+}
+
+/// Writes what waits, unless the client is stuck: it may be alive and well otherwise, and must not keep the fleece.
+async fn write_out(writer: &mut FrameWriter, timing: &Timing, peer: &str) -> Result<(), Failure> {
+    match timeout(timing.stuck, writer.flush()).await {
+        Ok(written) => Ok(written?),
+        Err(_) => {
+            let what = format!("{peer} took nothing of its backup for {} s: it is stuck", timing.stuck.as_secs_f64());
+            Err(Failure::new(FailureCode::Disconnected, what))
         }
     }
 }
