@@ -8,8 +8,9 @@ mod common;
 use common::*;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -28,28 +29,29 @@ enum Way {
     Tcp,
 }
 
-/// Forwards connections to a server and counts what it sends.
+/// Forwards TCP connections to a server's unix socket and counts what it sends. Its port is nobody else's from the start.
 struct Relay {
     port: u16,
     from_server: Arc<AtomicU64>,
 }
 
 impl Relay {
-    fn to(server: u16) -> Relay {
+    fn to(server: PathBuf) -> Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let from_server = Arc::new(AtomicU64::new(0));
         let count = from_server.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                let Ok(server) = TcpStream::connect(("127.0.0.1", server)) else { return };
+                let Ok(server) = UnixStream::connect(&server) else { return };
                 let (up, down) = ((client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client));
                 let count = count.clone();
-                std::thread::spawn(move || forward(up.0, up.1, |_| ()));
+                std::thread::spawn(move || forward(up.0, up.1, |to| to.shutdown(Shutdown::Write), |_| ()));
                 std::thread::spawn(move || {
-                    forward(down.0, down.1, |n| {
+                    let count = |n| {
                         count.fetch_add(n, Ordering::SeqCst);
-                    })
+                    };
+                    forward(down.0, down.1, |to| to.shutdown(Shutdown::Write), count)
                 });
             }
         });
@@ -57,7 +59,8 @@ impl Relay {
     }
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, count: impl Fn(u64)) {
+/// Carries bytes from one to the other; `end` tells the other that there are no more.
+fn forward<T: Write>(mut from: impl Read, mut to: T, end: impl Fn(&T) -> std::io::Result<()>, count: impl Fn(u64)) {
     let mut buffer = vec![0; 1 << 16];
     while let Ok(n @ 1..) = from.read(&mut buffer) {
         count(n as u64);
@@ -65,7 +68,7 @@ fn forward(mut from: TcpStream, mut to: TcpStream, count: impl Fn(u64)) {
             break;
         }
     }
-    let _ = to.shutdown(Shutdown::Write);
+    let _ = end(&to);
 }
 
 /// A VM with one disk, a repository, and how to reach them.
@@ -100,17 +103,17 @@ impl Setting {
         run(livebackup().args(["init", &repo, "--chunk-size", "128K"]));
         let mut this = Setting { qemu, server: None, relay: None, source: monitor.clone(), repo, state };
         if way == Way::Tcp {
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let socket = this.qemu.path("serve.sock");
             let config = this.qemu.path("serve.toml");
-            let state = this.state.display();
+            let (listen, state) = (socket.display(), this.state.display());
             let text = format!(
-                "listen = \"127.0.0.1:{port}\"\nstate = \"{state}\"\n[[vm]]\nmonitor = \"{monitor}\"\nname = \"vm1\"\n"
+                "listen = \"unix:{listen}\"\nstate = \"{state}\"\n[[vm]]\nmonitor = \"{monitor}\"\nname = \"vm1\"\n"
             );
             std::fs::write(&config, text).unwrap();
             let server = livebackup().arg("serve").arg("--config").arg(config).stdin(Stdio::null()).spawn().unwrap();
             this.server = Some(server);
-            wait_until("the server to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-            let relay = Relay::to(port);
+            wait_until("the server to listen", || UnixStream::connect(&socket).is_ok());
+            let relay = Relay::to(socket);
             this.source = format!("livebackup://127.0.0.1:{}/vm1", relay.port);
             this.relay = Some(relay);
         }
