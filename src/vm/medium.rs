@@ -11,6 +11,8 @@
 //! * **The clock has moved on.** A kernel takes a file's times from a clock that ticks (every 1 to 10 ms): a write in the
 //!   same tick as the last one leaves no mark. So a stamp counts only when every time in it is older than the clock by
 //!   more than a tick, and the files still stand so when looked at again. We wait for that.
+//! * **Nobody opened the file while QEMU ended.** What somebody writes between QEMU's exit and the stamp would be in the stamp. So
+//!   each file is watched (inotify(7)) from before `quit`: QEMU has it open, and whoever else opens it voids the stamp.
 //! * **A host's crash ends all of it**: after it the content may be newer than the times. The boot is compared by
 //!   [`evidence`](super::evidence).
 //!
@@ -28,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::libc;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::statfs::{FsType, fstatfs};
 use nix::time::{ClockId, clock_getres, clock_gettime};
 
@@ -128,6 +131,8 @@ pub fn look(pid: i32, open: &OpenFiles, subject: &Subject) -> Medium {
 pub struct HeldMedium {
     options: Option<String>,
     files: Vec<HeldFile>,
+    /// Tells who opens one of the files from now on.
+    opened: Inotify,
 }
 
 #[derive(Debug)]
@@ -150,6 +155,7 @@ pub fn hold(pid: i32, subject: &Subject) -> Result<HeldMedium, String> {
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     let lazy = lazy_mounts(&mounts);
     let mut files = vec![];
+    let opened = watcher()?;
     for layer in chain {
         let name = &layer.filename;
         if layer.protocol != "file" {
@@ -168,10 +174,21 @@ pub fn hold(pid: i32, subject: &Subject) -> Result<HeldMedium, String> {
             .custom_flags(libc::O_PATH)
             .open(format!("/proc/{pid}/fd/{descriptor}"))
             .map_err(|e| format!("cannot be held: {name}: {e}"))?;
+        watch(&opened, &file).map_err(|e| format!("cannot be watched: {name}: {e}"))?;
         has_honest_times(&file, &lazy).map_err(|why| format!("shows no honest times: {name} {why}"))?;
         files.push(HeldFile { format: layer.format.clone(), filename: name.clone(), file });
     }
-    Ok(HeldMedium { options: subject.options.clone(), files })
+    Ok(HeldMedium { options: subject.options.clone(), files, opened })
+}
+
+fn watcher() -> Result<Inotify, String> {
+    Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(|e| format!("cannot be watched: {e}"))
+}
+
+/// Watches the file behind a descriptor that was opened with `O_PATH`, whatever its name is now.
+fn watch(opened: &Inotify, file: &File) -> nix::Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    opened.add_watch(path.as_str(), AddWatchFlags::IN_OPEN).map(drop)
 }
 
 /// Whether a mount with this id is lazy; a mount that is not listed is unknown.
@@ -262,6 +279,11 @@ impl HeldMedium {
             }
             let passed = now_ns > newest.saturating_add(2 * tick);
             let again = self.look()?;
+            match self.opened.read_events() {
+                Err(nix::errno::Errno::EAGAIN) => {}
+                Ok(_) => return Err("was opened by somebody while QEMU ended, who may have written to it".to_owned()),
+                Err(e) => return Err(format!("could not be watched while QEMU ended: {e}")),
+            }
             if passed && again == stamp {
                 return Ok(stamp);
             }
@@ -281,7 +303,9 @@ mod tests {
     fn held(path: &Path) -> HeldMedium {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
         let filename = path.display().to_string();
-        HeldMedium { options: None, files: vec![HeldFile { format: "raw".into(), filename, file }] }
+        let opened = watcher().unwrap();
+        watch(&opened, &file).unwrap();
+        HeldMedium { options: None, files: vec![HeldFile { format: "raw".into(), filename, file }], opened }
     }
 
     #[test]
@@ -289,9 +313,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         fs::write(&path, [0; 4096]).unwrap();
-        let medium = held(&path);
         // However soon the write comes after the stamp: that is what the stamp waits for.
         for round in 0..40_u8 {
+            let medium = held(&path);
             let stamp = medium.stamp().unwrap();
             assert_eq!(medium.compare_with(&stamp), Ok(()));
             let mut file = OpenOptions::new().write(true).open(&path).unwrap();
@@ -300,6 +324,7 @@ mod tests {
             let said = medium.compare_with(&stamp).unwrap_err();
             assert!(said.contains("was written to"), "{said}");
         }
+        let medium = held(&path);
         let stamp = medium.stamp().unwrap();
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
         assert!(medium.compare_with(&stamp).unwrap_err().contains("changed"));
@@ -309,6 +334,13 @@ mod tests {
         fs::write(&path, [9; 4096]).unwrap();
         OpenOptions::new().write(true).open(&path).unwrap().set_modified(mtime).unwrap();
         assert!(medium.compare_with(&stamp).unwrap_err().contains("time set back"));
+        // Whoever opens it before the stamp is taken voids it.
+        assert!(medium.stamp().unwrap_err().contains("opened by somebody"));
+        let medium = held(&path);
+        let renamed = dir.path().join("b");
+        fs::rename(&path, &renamed).unwrap();
+        drop(File::open(&renamed).unwrap());
+        assert!(medium.stamp().unwrap_err().contains("opened by somebody"));
     }
 
     #[test]
