@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::{
-    backup, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, serve, show, status, verify,
+    backup, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, run, serve, show, status,
+    verify,
 };
 use crate::vm;
 
@@ -91,6 +92,8 @@ pub enum Command {
     Restore(restore::RestoreArgs),
     /// Serve VMs to backup clients
     Serve(serve::ServeArgs),
+    /// Run a QEMU, with all its disks tracked from its start to its end
+    Run(run::RunArgs),
     /// Make certificates for serving and backing up across a network
     Pki(pki::PkiArgs),
     /// Show a VM's tracking, and its running backup

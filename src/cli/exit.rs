@@ -22,10 +22,12 @@ pub enum Code {
     NoSpace,
     Denied,
     Interrupted,
+    /// As the program that was run ended.
+    Passed(u8),
 }
 
 impl Code {
-    /// All, as `--help` lists them.
+    /// All of our own, as `--help` lists them.
     pub const ALL: [Self; 10] = [
         Self::Good,
         Self::Failed,
@@ -52,6 +54,7 @@ impl Code {
             Self::NoSpace => 7,
             Self::Denied => 8,
             Self::Interrupted => 130,
+            Self::Passed(number) => number,
         }
     }
 
@@ -68,6 +71,7 @@ impl Code {
             Self::NoSpace => "no-space",
             Self::Denied => "denied",
             Self::Interrupted => "interrupted",
+            Self::Passed(_) => "passed",
         }
     }
 
@@ -84,6 +88,7 @@ impl Code {
             Self::NoSpace => "no space left",
             Self::Denied => "a certificate was refused, or does not grant this",
             Self::Interrupted => "interrupted",
+            Self::Passed(_) => "the program that was run ended so",
         }
     }
 }

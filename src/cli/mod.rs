@@ -25,6 +25,7 @@ mod points;
 mod progress;
 mod repository;
 mod restore;
+mod run;
 mod serve;
 mod show;
 mod signals;
@@ -67,6 +68,9 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
     if let Command::Guardian(args) = &cli.command {
         return guardian::run(args);
     }
+    if let Command::Run(args) = cli.command {
+        return run::run(&cli.global, output, args);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {
         let context = Context::new(&cli.global, output, signals::watch()?)?;
@@ -84,7 +88,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
             Command::Status(args) => status::run(&context, &args).await,
             Command::Doctor(args) => doctor::run(&context, &args).await,
             Command::Detach(args) => detach::run(&context, &args).await,
-            Command::Guardian(_) => Ok(Code::Good),
+            Command::Guardian(_) | Command::Run(_) => Ok(Code::Good),
         }
     });
     // A thread that reads for a verification that was interrupted is not waited for; nothing depends on it.

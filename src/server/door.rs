@@ -78,6 +78,12 @@ impl Door {
         Ok(Self { tls, clients, group, handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)), places: Arc::default() })
     }
 
+    /// For unix sockets that are for this user alone.
+    pub fn private() -> Self {
+        let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        Self { tls: None, clients: vec![], group: None, handshakes, places: Default::default() }
+    }
+
     /// The group that may use the unix socket.
     pub fn group(&self) -> Option<Gid> {
         self.group

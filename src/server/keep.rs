@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::service::{Service, State};
 use crate::monitor::Address;
-use crate::vm::{AttachError, Parting, Vm, VmOptions};
+use crate::vm::{AttachError, Hold, Parting, Vm, VmOptions};
 
 /// How long to wait before a VM that could not be attached is tried again.
 /// Soon: a guest that was started again is tracked without a gap only if its disk is looked at before it writes.
@@ -34,7 +34,11 @@ pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut st
                     let _ = stop.wait_for(|stop| *stop).await;
                     Parting::LetGo
                 };
-                if vm.tend(parting).await {
+                let hold = vm.hold().await.unwrap_or_else(|failure| {
+                    tracing::error!(vm = known, "QEMU will not wait for us at the guest's power-off: {failure}");
+                    Hold::default()
+                });
+                if vm.tend(hold, parting).await {
                     tracing::info!(vm = known, "QEMU ended");
                 }
                 service.set(&known, State::Away("QEMU ended, or closed its monitor".into()));

@@ -26,6 +26,7 @@ pub mod grants;
 mod keep;
 mod listen;
 mod queue;
+pub mod run;
 mod service;
 
 pub use config::Config;
@@ -81,10 +82,18 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
     for address in listeners.iter().filter_map(Listener::address) {
         tracing::info!("listening at {address}");
     }
+    answer_clients(door, service, &listeners, &mut stop).await;
+    tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
+    while keepers.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Answers whoever comes, until it is asked to stop; then nobody is answered any more.
+async fn answer_clients(door: Arc<Door>, service: Service, listeners: &[Listener], stop: &mut watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            incoming = accept(&listeners) => match incoming {
+            incoming = accept(listeners) => match incoming {
                 Ok(incoming) if connections.len() < MAX_CONNECTIONS => {
                     connections.spawn(converse(door.clone(), service.clone(), incoming));
                 }
@@ -95,13 +104,10 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
                 }
             },
             Some(_) = connections.join_next() => {}
-            () = asked_to_stop(&mut stop) => break,
+            () = asked_to_stop(stop) => break,
         }
     }
-    tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
     connections.shutdown().await;
-    while keepers.join_next().await.is_some() {}
-    Ok(())
 }
 
 async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {

@@ -56,7 +56,7 @@ pub mod transfer;
 pub mod undo;
 
 pub use doctor::{Check, CheckVerdict};
-pub use power::{Parting, PowerOff};
+pub use power::{Hold, Parting, PowerOff};
 pub use quiet::QuietOptions;
 
 use evidence::{Doubt, Proof};

@@ -52,6 +52,9 @@ const GONE_WITHIN: Duration = Duration::from_secs(10);
 /// Backups at power-off are told with these words.
 const BACKUP_TOO_LONG: &str = "the guest powered off, and the backup was not done 30 s later";
 
+/// Backups of a machine that is ended from outside, with these.
+const BACKUP_CUT_OFF: &str = "the virtual machine was told to end during the backup";
+
 /// What becomes of a QEMU whose guest powers off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PowerOff {
@@ -70,6 +73,10 @@ pub enum Parting {
     /// The virtual machine ends: the guest is stopped, its last bitmaps are taken, QEMU quits.
     End,
 }
+
+/// The hold on a QEMU that stays at the guest's power-off; empty where nothing was to be held.
+#[derive(Debug, Default)]
+pub struct Hold(Option<Guardian>);
 
 /// The last bitmaps of a machine, taken.
 struct Taken {
@@ -135,13 +142,10 @@ fn words_for(cause: Option<&str>) -> String {
 impl Vm {
     /// Keeps the VM until QEMU has ended, or `parting` says to part from it. At a power-off it does what
     /// [`VmOptions::power_off`](super::VmOptions) says. Must not be dropped half-way. Gives whether QEMU has ended.
-    pub async fn tend(&self, parting: impl Future<Output = Parting>) -> bool {
+    pub async fn tend(&self, hold: Hold, parting: impl Future<Output = Parting>) -> bool {
+        let Hold(hold) = hold;
         let mut events = self.monitor().subscribe();
         let mut sessions = self.inner.sessions.subscribe();
-        let hold = self.hold().await.unwrap_or_else(|failure| {
-            tracing::error!(vm = self.inner.name, "QEMU will not wait for us at the guest's power-off: {failure}");
-            None
-        });
         let (mut taken, mut why, mut cause) = (None, None, None);
         let (mut end, mut quitting) = (false, false);
         tokio::pin!(parting);
@@ -220,16 +224,19 @@ impl Vm {
         monitor::run_state(self.monitor()).await.is_ok_and(|state| state == "shutdown")
     }
 
-    /// Makes QEMU stay at power-off, if it would not anyhow. The debt comes first.
-    async fn hold(&self) -> Result<Option<Guardian>, Failure> {
+    /// Makes QEMU stay at power-off, if that is wanted and it would not anyhow. The debt comes first.
+    ///
+    /// # Errors
+    /// When QEMU or the guardian refuse: it will not wait for us then.
+    pub async fn hold(&self) -> Result<Hold, Failure> {
         let debts = Debts::new(&self.inner.place.sockets);
         if !self.harvests() {
-            return Ok(None);
+            return Ok(Hold(None));
         }
         // Off already and not by our doing, or started so: somebody else wants it to stay.
         let stays = was_started_to_stay(&self.inner.machine.command_line) || self.is_off().await;
         if stays && !debts.owed(Debt::Quit) {
-            return Ok(None);
+            return Ok(Hold(None));
         }
         let failed = |e: std::io::Error| internal(format!("cannot start the guardian: {e}"));
         let mut guardian = Guardian::spawn(self.monitor().address()).map_err(failed)?;
@@ -237,7 +244,12 @@ impl Vm {
         guardian.owe(Debt::Quit, &debts.path(Debt::Quit)).map_err(failed)?;
         self.monitor().raw("set-action", json!({"shutdown": "pause"})).await.map_err(qemu_failed)?;
         crate::fault::point("power.held");
-        Ok(Some(guardian))
+        Ok(Hold(Some(guardian)))
+    }
+
+    /// Lets the guest of a QEMU that was started stopped go.
+    pub async fn let_run(&self) -> Result<(), Failure> {
+        self.monitor().raw("cont", json!({})).await.map(drop).map_err(qemu_failed)
     }
 
     /// Takes [`Vm::hold`] back. False when the guest has powered off at this very moment: QEMU is still there then.
@@ -259,10 +271,11 @@ impl Vm {
     async fn take(&self, stop: bool) -> (Taken, Option<String>) {
         let mut taken = Taken { disks: BTreeMap::new(), guard: None };
         let session = self.inner.session.clone();
-        taken.guard = match timeout(BACKUP_WITHIN, session.clone().lock_owned()).await {
+        let (within, words) = if stop { (Duration::ZERO, BACKUP_CUT_OFF) } else { (BACKUP_WITHIN, BACKUP_TOO_LONG) };
+        taken.guard = match timeout(within, session.clone().lock_owned()).await {
             Ok(guard) => Some(guard),
             Err(_) => {
-                self.inner.give_up.send_replace(Some(BACKUP_TOO_LONG));
+                self.inner.give_up.send_replace(Some(words));
                 timeout(BACKUP_ENDS_WITHIN, session.lock_owned()).await.ok()
             }
         };
