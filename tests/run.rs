@@ -61,11 +61,11 @@ impl Run {
 
     /// A write that the side's model follows.
     fn write(&mut self, side: &mut Side, rng: &mut Rng) {
-        for disk in 0..2 {
+        for (disk, (name, _, _)) in DISKS.iter().enumerate() {
             let offset = rng.below(SIZE / 512 - 64) * 512;
             let (len, pattern) = ((1 + rng.below(64)) * 512, rng.below(256) as u8);
             side.models[disk][offset as usize..(offset + len) as usize].fill(pattern);
-            let path = format!("/machine/peripheral/{}/virtio-backend", DISKS[disk].0);
+            let path = format!("/machine/peripheral/{name}/virtio-backend");
             self.qemu_io(&format!("qemu-io -d {path} \"write -P {pattern:#04x} {offset} {len}\""));
         }
     }
