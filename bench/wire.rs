@@ -6,9 +6,9 @@ use std::sync::mpsc as sync;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use livebackup::machine::{Disk, DiskKind, Machine};
+use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{GIB, MIB};
-use livebackup::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Session, Taken, Totals};
+use livebackup::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Session, Totals};
 use livebackup::wire::{Address, Answer, Client, Stream, Timing, serve_connection};
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::units::CheckpointId;
+
 /// What kind of medium a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -74,6 +76,27 @@ pub struct FoundDisk {
     /// What a backup does with it.
     #[serde(flatten)]
     pub verdict: Verdict,
+}
+
+/// How a backup takes a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "taken", rename_all = "kebab-case")]
+pub enum Taken {
+    /// Whole.
+    Full {
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// What was written since a checkpoint.
+    Incremental {
+        /// The client's checkpoint.
+        since: CheckpointId,
+    },
+    /// All is read, and what differs from an earlier point is taken.
+    Scan {
+        /// Why, in a sentence.
+        reason: String,
+    },
 }
 
 /// The virtual machine's definition: enough to start it again by hand.

@@ -162,7 +162,6 @@ fn what_newcomers_write_is_answered_with_what_to_write() {
         ("points repo vm1", 3, "it has those of example/vm"),
         ("show repo vm1@latest", 3, "it has those of example/vm"),
         ("show repo example/vm@7777", 3, "livebackup points"),
-        ("status", 2, "livebackup status qmp:PATH"),
         ("disks livebackup://127.0.0.1:1/vm", 1, "livebackup serve"),
         ("serve --config missing.toml", 1, "missing.toml"),
         ("frobnicate", 2, "unrecognized"),

@@ -85,7 +85,7 @@ fn filter_in_and_out(qemu: &mut Qemu, found: &FoundDisk) {
     assert_eq!(during.top_node_of(&d.qom_path), Some(FILTER));
     assert_eq!(during.child(FILTER, "file"), Some(d.node.as_str()));
     assert_eq!(during.child(FILTER, "target"), Some("scratch"));
-    assert_eq!(during.foreign, Vec::<String>::new());
+    assert_eq!(during.foreign, vec![]);
 
     set(qemu, &d.node);
     qemu.qmp("blockdev-del", json!({"node-name": FILTER}));
@@ -444,7 +444,7 @@ fn what_others_put_on_a_disk_is_reported() {
         for name in ["scratch", "scratch2"] {
             qemu.qmp("blockdev-add", json!({"driver": "null-co", "size": MIB, "node-name": name, "read-zeroes": true}));
         }
-        assert_eq!(discover(&qemu).foreign, Vec::<String>::new());
+        assert_eq!(discover(&qemu).foreign, vec![]);
         for (name, said) in [
             ("livebackup-ffffffff-cbw", "belongs to another livebackup"),
             ("theirs", "another tool's copy-before-write node \"theirs\""),
@@ -457,17 +457,13 @@ fn what_others_put_on_a_disk_is_reported() {
             qemu.qmp("qom-set", set);
             let graph = discover(&qemu);
             assert_eq!(disk(&graph, "vd0").disk.node, name, "what is not ours is the guest's view");
-            assert!(
-                graph.foreign.iter().any(|f| f.starts_with("disk vd0: ") && f.contains(said)),
-                "{:?}",
-                graph.foreign
-            );
+            assert!(graph.foreign.iter().any(|f| f.disk == "vd0" && f.words.contains(said)), "{:?}", graph.foreign);
             qemu.qmp("qom-set", json!({"path": path, "property": "drive", "value": "disk0"}));
             qemu.qmp("blockdev-del", json!({"node-name": name}));
         }
         qemu.qmp("blockdev-backup", json!({"job-id": "j0", "device": "disk0", "target": "scratch2", "sync": "none"}));
         let foreign = discover(&qemu).foreign;
-        assert!(foreign.iter().any(|f| f.contains("a backup job \"j0\" is running")), "{foreign:?}");
+        assert!(foreign.iter().any(|f| f.words.contains("a backup job \"j0\" is running")), "{foreign:?}");
         qemu.qmp("block-job-cancel", json!({"device": "j0", "force": true}));
         wait_until("the job to end", || discover(&qemu).foreign.is_empty());
     }

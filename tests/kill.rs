@@ -142,8 +142,12 @@ fn restored(side: &Side<'_>, repo: &str, point: &str, dir: &Path) -> [Vec<u8>; 2
     DISKS.map(|(name, _)| std::fs::read(dir.join(format!("{name}.raw"))).unwrap())
 }
 
-fn killed_at(version: Version, point: &str, rng: &mut Rng) {
+fn killed_at(version: Version, point: &str, others_server: bool, rng: &mut Rng) {
     let mut qemu = start(version);
+    let server = json!({"addr": {"type": "unix", "data": {"path": qemu.path("theirs.sock")}}});
+    if others_server {
+        qemu.qmp("nbd-server-start", server.clone());
+    }
     let source = format!("qmp:{}", qemu.socket().display());
     let repo = qemu.path("repo").to_str().unwrap().to_owned();
     scatter(&mut qemu, rng);
@@ -185,12 +189,25 @@ fn killed_at(version: Version, point: &str, rng: &mut Rng) {
     Side { qemu: &qemu, kill_at: None }.ok(&["detach", &source]);
     assert_eq!(qemu.bitmaps().iter().filter(|(_, n)| ours(n)).count(), 0, "{point}: detach leaves bitmaps");
     assert_eq!(qemu.status(), "running");
+    // Theirs is there still, and ours is not.
+    assert_eq!(qemu.try_qmp("nbd-server-start", server).is_err(), others_server, "{point}");
 }
 
 fn all_points(version: Version) {
     let mut rng = Rng::new();
     for point in POINTS {
-        killed_at(version, point, &mut rng);
+        killed_at(version, point, false, &mut rng);
+    }
+}
+
+/// Where bitmaps leave QEMU by files.
+#[test]
+fn killed_beside_another_programs_nbd_server() {
+    let mut rng = Rng::new();
+    for version in VERSIONS {
+        for point in ["harvest.file", "harvest.file:2", "fleece.harvested", "vm.begun"] {
+            killed_at(version, point, true, &mut rng);
+        }
     }
 }
 

@@ -5,114 +5,36 @@
 
 mod common;
 use common::*;
+mod session_fixture;
+use session_fixture::*;
 
-use livebackup::machine::Verdict;
-use livebackup::units::CheckpointId;
-use livebackup::vm::{AttachError, Transport, Vm, VmOptions};
-use livebackup::wire::message::{Ack, Begin, Event, FailureCode, Session, Taken, Totals};
-
-const MIB: u64 = 1 << 20;
-const CHUNK: u32 = 128 << 10;
-
-struct Case {
-    version: Version,
-    transport: Transport,
-    device: &'static str,
-    path: &'static str,
-    size: u64,
-}
-
-const VIRTIO: (&str, &str) = ("virtio-blk-pci,drive=disk0,id=vd0", "/machine/peripheral/vd0/virtio-backend");
-const SCSI_IOTHREAD: (&str, &str) = ("scsi-hd,drive=disk0,id=vd0,bus=s0.0", "/machine/peripheral/vd0");
-
-fn start(case: &Case) -> Qemu {
-    let disk =
-        "driver=raw,node-name=disk0,discard=unmap,file.driver=file,file.filename=DIR/disk0.raw,file.discard=unmap";
-    let scsi = case.device.starts_with("scsi");
-    let mut args = vec!["-name", "vm1", "-blockdev", disk];
-    if scsi {
-        args.extend(["-object", "iothread,id=io0", "-device", "virtio-scsi-pci,id=s0,iothread=io0"]);
-    }
-    args.extend(["-device", case.device]);
-    Qemu::start_with(case.version, &args, |dir| {
-        std::fs::File::create(dir.join("disk0.raw")).unwrap().set_len(case.size).unwrap();
-    })
-}
-
-fn options(qemu: &Qemu, transport: Transport) -> VmOptions {
-    VmOptions { state: qemu.path("state"), transport, ..VmOptions::default() }
-}
-
-async fn attach(qemu: &Qemu, transport: Transport) -> Vm {
-    let address = qemu.socket().to_str().unwrap().parse().unwrap();
-    Vm::attach(&address, options(qemu, transport)).await.unwrap()
-}
-
-fn begin(since: Option<CheckpointId>) -> Begin {
-    Begin {
-        vm: "vm1".into(),
-        since: since.into_iter().map(|id| ("vd0".to_owned(), id)).collect(),
-        chunk_bytes: CHUNK,
-        checkpoint: true,
-        ..Begin::default()
-    }
-}
-
-/// Applies a session's events to an image, acknowledging all of it; `meanwhile` runs after every event.
-async fn apply(mut session: Session, image: &mut [u8], mut meanwhile: impl FnMut()) -> (CheckpointId, Totals) {
-    let mut at = 0;
-    loop {
-        let event = session.events.recv().await.expect("an event").unwrap();
-        let (offset, len) = match &event {
-            Event::Data { offset_bytes, bytes, .. } => {
-                image[*offset_bytes as usize..][..bytes.len()].copy_from_slice(bytes);
-                (*offset_bytes, bytes.len() as u64)
-            }
-            Event::Zero { extent, .. } => {
-                image[extent.offset_bytes as usize..extent.end() as usize].fill(0);
-                (extent.offset_bytes, extent.len_bytes)
-            }
-            Event::Same { .. } => panic!("no digests were given"),
-            Event::Sent => continue,
-            Event::End(totals) => return (session.begun.disks[0].checkpoint.unwrap(), totals.clone()),
-        };
-        assert!(offset >= at && offset.is_multiple_of(u64::from(CHUNK)), "events ascend in whole chunks");
-        at = offset + len;
-        let extents = vec![livebackup::extent::Extent::new(offset, len)];
-        let _ = session.acks.send(Ack { disk: 0, extents });
-        drop(event);
-        meanwhile();
-    }
-}
-
-/// Nothing of a session is left in QEMU: no node, no export; of bitmaps just the one that records, and the sentinel.
-fn assert_clean(qemu: &mut Qemu) {
-    let left: Vec<_> = qemu.nodes().into_iter().filter(|n| n.contains("livebackup")).collect();
-    assert!(left.is_empty(), "{left:?}");
-    assert!(qemu.exports().is_empty());
-    let bitmaps = qemu.bitmaps();
-    assert_eq!(bitmaps.iter().filter(|(_, name)| name.contains("-since-")).count(), 1, "{bitmaps:?}");
-    assert_eq!(bitmaps.iter().filter(|(_, name)| name.contains("sentinel")).count(), 1, "{bitmaps:?}");
-    assert_eq!(bitmaps.len(), 2, "{bitmaps:?}");
-    let sets = qemu.qmp("query-fdsets", serde_json::json!({}));
-    // QEMU 7.2 keeps the descriptors of a guest that does not run.
-    assert!(qemu.version == Version::V7 || sets.as_array().unwrap().is_empty(), "{sets}");
-}
+use livebackup::machine::{Taken, Verdict};
+use livebackup::vm::{AttachError, Transport, Vm};
+use livebackup::wire::message::{Begin, FailureCode};
+use serde_json::json;
 
 async fn rounds(case: Case) {
-    let mut rng = Rng::new();
     let mut qemu = start(&case);
-    let vm = attach(&qemu, case.transport).await;
+    rounds_on(&mut qemu, &case).await;
+}
+
+async fn rounds_on(qemu: &mut Qemu, case: &Case) {
+    let mut rng = Rng::new();
+    let vm = attach(qemu, case.transport).await;
     let mut image = vec![0; case.size as usize];
-    let mut since = None;
+    let (mut first, mut since) = (None, None);
     for round in 0..4 {
+        if round == 3 {
+            // What was sealed meanwhile is needed again.
+            since = first;
+        }
         let write = |qemu: &mut Qemu, rng: &mut Rng| {
             let at = rng.below(case.size / 512) * 512;
             let len = ((1 + rng.below(256)) * 512).min(case.size - at);
             qemu.qemu_io(case.path, &format!("write -P {} {at} {len}", rng.below(256)));
         };
         for _ in 0..12 {
-            write(&mut qemu, &mut rng);
+            write(qemu, &mut rng);
         }
         // Nothing writes between this copy and the instant.
         let expected = std::fs::read(qemu.path("disk0.raw")).unwrap();
@@ -122,12 +44,13 @@ async fn rounds(case: Case) {
         if round > 0 {
             assert!(session.begun.disks[0].needed_bytes < case.size, "an incremental reads less than the disk");
         }
-        let (checkpoint, totals) = apply(session, &mut image, || write(&mut qemu, &mut rng)).await;
+        let (checkpoint, totals) = apply(session, &mut image, || write(qemu, &mut rng)).await;
         assert!(totals.warnings.is_empty(), "{totals:?}");
         assert!(image == expected, "round {round}: the image is not that of the instant");
         vm.idle().await;
-        assert_clean(&mut qemu);
+        assert_clean(qemu);
         since = Some(checkpoint);
+        first = first.or(since);
     }
     assert!(qemu.alive());
 }
@@ -150,6 +73,90 @@ rounds! {
     nbd_10: V10 Nbd VIRTIO 8 * MIB + 65536 + 512;
     nbd_10_iothread: V10 Nbd SCSI_IOTHREAD 8 * MIB;
     nbd_7: V7 Nbd VIRTIO 8 * MIB + 65536 + 512;
+}
+
+/// A client of another program's NBD server, connected from now on.
+struct Reader {
+    child: std::process::Child,
+    said: std::sync::mpsc::Receiver<String>,
+}
+
+impl Reader {
+    fn connect(qemu: &Qemu) -> Reader {
+        let address = format!("nbd:unix:{}:exportname=theirs", qemu.path("theirs.sock").display());
+        let mut child = std::process::Command::new(qemu.version.program("qemu-io"))
+            .args(["-r", "-f", "raw", &address])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (tell, said) = std::sync::mpsc::channel();
+        let out = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || std::io::BufRead::lines(out).map_while(Result::ok).try_for_each(|l| tell.send(l)));
+        Reader { child, said }
+    }
+
+    /// The first MiB of the export has the bytes that the test put there.
+    fn reads(&mut self) {
+        use std::io::Write;
+        self.child.stdin.as_mut().unwrap().write_all(b"read -P 7 0 1M\n").unwrap();
+        loop {
+            let line = self.said.recv_timeout(std::time::Duration::from_secs(60)).expect("an answer from the server");
+            assert!(!line.contains("failed"), "{line}");
+            if line.contains("read 1048576/1048576 bytes") {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_programs_nbd_server_is_left_alone_and_not_needed() {
+    for version in VERSIONS {
+        for (device, path) in [VIRTIO, SCSI_IOTHREAD] {
+            let case = Case { version, transport: Transport::Auto, device, path, size: 8 * MIB + 65536 + 512 };
+            let mut qemu = start(&case);
+            std::fs::write(qemu.path("theirs.raw"), vec![7; 1 << 20]).unwrap();
+            let node = json!({"driver": "raw", "node-name": "theirs", "file": {"driver": "file", "filename": qemu.path("theirs.raw")}});
+            qemu.qmp("blockdev-add", node);
+            let socket = json!({"type": "unix", "data": {"path": qemu.path("theirs.sock")}});
+            qemu.qmp("nbd-server-start", json!({"addr": socket}));
+            qemu.qmp("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": "theirs"}));
+            let mut reader = Reader::connect(&qemu);
+            reader.reads();
+            rounds_on(&mut qemu, &case).await;
+            reader.reads();
+            Reader::connect(&qemu).reads();
+            assert_eq!(qemu.exports(), ["theirs"]);
+            let refused = qemu.try_qmp("nbd-server-start", json!({"addr": socket})).unwrap_err();
+            assert!(refused["desc"].as_str().unwrap().contains("already running"), "{refused}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_only_nbd_can_read_waits_for_another_programs_server() {
+    let (device, path) = VIRTIO;
+    let case = Case { version: Version::V10, transport: Transport::Nbd, device, path, size: MIB };
+    let mut qemu = start(&case);
+    let socket = json!({"type": "unix", "data": {"path": qemu.path("theirs.sock")}});
+    qemu.qmp("nbd-server-start", json!({"addr": socket}));
+    let vm = attach(&qemu, case.transport).await;
+    let refused = vm.begin(begin(None)).await.unwrap_err();
+    assert_eq!(refused.code, FailureCode::Busy);
+    assert!(refused.message.contains("nbd-server-stop"), "{refused}");
+    assert_no_fleece(&mut qemu);
+    qemu.qmp("nbd-server-stop", json!({}));
+    let mut image = vec![1; case.size as usize];
+    apply(vm.begin(begin(None)).await.unwrap(), &mut image, || ()).await;
+    assert!(image.iter().all(|byte| *byte == 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -233,7 +240,7 @@ async fn an_epoch_ends_when_the_proof_is_gone_and_says_why() {
 
     // Somebody removes our bitmap.
     let (node, name) = qemu.bitmaps().into_iter().find(|(_, name)| name.contains("-since-")).unwrap();
-    qemu.qmp("block-dirty-bitmap-remove", serde_json::json!({"node": node, "name": name}));
+    qemu.qmp("block-dirty-bitmap-remove", json!({"node": node, "name": name}));
     let strict = Begin { incremental_only: true, ..begin(Some(first)) };
     let refused = vm.begin(strict).await.unwrap_err();
     assert_eq!(refused.code, FailureCode::NotIncremental);
@@ -245,7 +252,7 @@ async fn an_epoch_ends_when_the_proof_is_gone_and_says_why() {
 
     // The disk shrinks and grows again: bits are lost, and nothing tells.
     for size in [2 * MIB, 4 * MIB] {
-        qemu.qmp("block_resize", serde_json::json!({"node-name": "disk0", "size": size}));
+        qemu.qmp("block_resize", json!({"node-name": "disk0", "size": size}));
     }
     let session = vm.begin(begin(Some(second))).await.unwrap();
     assert!(matches!(&session.begun.disks[0].taken, Taken::Full { reason } if reason.contains("smaller and larger")));

@@ -355,16 +355,20 @@ fn one_reader_at_a_time_and_the_size_must_be_right() {
 }
 
 #[test]
-fn a_read_only_export_is_refused_with_a_reason() {
-    let mut fleece = Fleece::without_export(Version::V10, Device::Blk, ODD_SIZE);
-    let socket = fleece.socket();
-    let address = json!({"type": "unix", "path": socket});
-    fleece
-        .qemu
-        .qmp("block-export-add", json!({"id": "e0", "type": "vhost-user-blk", "node-name": "snap", "addr": address}));
-    let error = VhostSource::connect(&socket, ODD_SIZE, fleece.rules()).err().unwrap();
-    assert!(error.to_string().contains("writable"), "{error}");
-    fleece.take_down();
+fn a_read_only_export_is_read_when_asked_for_and_else_refused_with_a_reason() {
+    each(|version, device| {
+        let mut fleece = Fleece::without_export(version, device, ODD_SIZE);
+        let socket = fleece.socket();
+        let address = json!({"type": "unix", "path": socket});
+        let export = json!({"id": "e0", "type": "vhost-user-blk", "node-name": "snap", "addr": address});
+        fleece.qemu.qmp("block-export-add", export);
+        let error = VhostSource::connect(&socket, ODD_SIZE, fleece.rules()).err().unwrap();
+        assert!(error.to_string().contains("writable"), "{error}");
+        let source = VhostSource::connect_read_only(&socket, ODD_SIZE, fleece.rules()).unwrap();
+        block_on(expect_whole(&source, &fleece.bytes, MIB));
+        block_on(source.close()).unwrap();
+        fleece.take_down();
+    });
 }
 
 #[test]

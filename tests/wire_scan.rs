@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine};
+use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::contract::{Given, MAX_AUDIT_CHUNKS, Promise, check_begin};
 use livebackup::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine};
+use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::frame::{Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use livebackup::wire::hello;

@@ -21,7 +21,8 @@ use jiff::Timestamp;
 
 use crate::backup::plan::{Base, Plan};
 use crate::extent::Extent;
-use crate::repo::point::{AuditRecord, Manifest, Taken};
+use crate::machine::Taken;
+use crate::repo::point::{AuditRecord, Manifest};
 use crate::repo::suspect::SuspectDisk;
 use crate::repo::{Image, Reader, RepoError, Repository};
 use crate::units::PointId;

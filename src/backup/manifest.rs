@@ -7,11 +7,11 @@ use crate::backup::report::{DiskReport, Durations, Report};
 use crate::backup::transfer::Stored;
 use crate::backup::{BackupError, audit, blocking};
 use crate::fault;
-use crate::machine::{FoundDisk, Verdict};
+use crate::machine::{FoundDisk, Taken, Verdict};
 use crate::repo::Repository;
-use crate::repo::point::{AuditRecord, Evidence, Manifest, PointDisk, PointFile, PointTotals, Taken};
+use crate::repo::point::{AuditRecord, Evidence, Manifest, PointDisk, PointFile, PointTotals};
 use crate::units::PointId;
-use crate::wire::message::{self, BegunDisk};
+use crate::wire::message::BegunDisk;
 
 /// Makes the point exist. Everything that it refers to is durable.
 pub async fn commit(repo: &Repository, stored: Stored) -> Result<Report, BackupError> {
@@ -25,16 +25,8 @@ pub async fn commit(repo: &Repository, stored: Stored) -> Result<Report, BackupE
     Ok(report)
 }
 
-fn taken(taken: &message::Taken) -> Taken {
-    match taken {
-        message::Taken::Full { reason } => Taken::Full { reason: reason.clone() },
-        message::Taken::Incremental { since } => Taken::Incremental { since: *since },
-        message::Taken::Scan { reason } => Taken::Scan { reason: reason.clone() },
-    }
-}
-
 fn is_whole(disk: &BegunDisk) -> bool {
-    matches!(disk.taken, message::Taken::Full { .. })
+    matches!(disk.taken, Taken::Full { .. })
 }
 
 /// How far the disk's audit has come.
@@ -43,8 +35,8 @@ fn audited(stored: &Stored, index: usize, disk: &BegunDisk) -> Option<AuditRecor
     disk.checkpoint?;
     let (name, instant) = (&disk.disk.name, stored.begun.instant);
     let base = match &disk.taken {
-        message::Taken::Incremental { .. } => stored.plan.bases.get(name)?,
-        message::Taken::Full { .. } | message::Taken::Scan { .. } => return Some(audit::begin(instant)),
+        Taken::Incremental { .. } => stored.plan.bases.get(name)?,
+        Taken::Full { .. } | Taken::Scan { .. } => return Some(audit::begin(instant)),
     };
     let chunk_bytes = u64::from(base.image.chunk_bytes);
     let confirmed_chunks = stored.same[index].div_ceil(chunk_bytes);
@@ -70,7 +62,7 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
             image: finished.image,
             checkpoint: disk.checkpoint,
             epoch: disk.epoch,
-            taken: taken(&disk.taken),
+            taken: disk.taken.clone(),
             read_bytes,
             same_bytes: stored.same[index],
             stored_bytes: finished.stats.stored_bytes,

@@ -11,9 +11,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{FoundDisk, Verdict};
+use crate::machine::{FoundDisk, Taken, Verdict};
 use crate::repo::Image;
-use crate::repo::point::{AuditRecord, Level, Manifest, PointDisk, Taken};
+use crate::repo::point::{AuditRecord, Level, Manifest, PointDisk};
 use crate::units::{CheckpointId, EpochId, PointId};
 
 /// The level that was asked for.

@@ -4,7 +4,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::impact::Impact;
-use crate::repo::point::{Evidence, Grade, Level, Taken};
+use crate::machine::Taken;
+use crate::repo::point::{Evidence, Grade, Level};
 use crate::units::PointId;
 
 /// What a backup is doing.

@@ -2,7 +2,7 @@
 
 use crate::machine::{FoundDisk, Machine};
 use crate::vm::Vm;
-use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting};
+use crate::wire::message::{Begin, Check, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting};
 use crate::wire::{Client, Door};
 
 /// Who has the VM.
@@ -72,6 +72,17 @@ impl Sidecar {
             Self::Remote(client, vm) => match client.request(Request::Disks { vm: vm.clone() }).await? {
                 Reply::Disks { machine, disks } => Ok((machine, disks)),
                 _ => Err(odd("`disks`")),
+            },
+        }
+    }
+
+    /// What stands in the way of a good backup.
+    pub async fn doctor(&mut self) -> Result<Vec<Check>, Failure> {
+        match self {
+            Self::Local(vm) => Ok(vm.doctor().await),
+            Self::Remote(client, vm) => match client.request(Request::Doctor { vm: vm.clone() }).await? {
+                Reply::Doctor { checks } => Ok(checks),
+                _ => Err(odd("`doctor`")),
             },
         }
     }

@@ -16,6 +16,7 @@ use crate::backup::report::{Phase, Progress};
 use crate::backup::{BackupError, blocking};
 use crate::extent::Extent;
 use crate::fault;
+use crate::machine::Taken;
 use crate::repo::digest::Digest;
 use crate::repo::offer::Offer;
 use crate::repo::writer::{DiskHandle, Durable, Finished};
@@ -23,7 +24,7 @@ use crate::repo::{Compression, Image, Reader, RepoError, Repository, Writer, Wri
 use crate::units::human_bytes;
 use crate::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use crate::wire::frame::MAX_ACK_EXTENTS;
-use crate::wire::message::{Ack, Begun, Event, Failure, Session, Taken, Totals};
+use crate::wire::message::{Ack, Begun, Event, Failure, Session, Totals};
 
 /// What the manifest says about the run itself.
 #[derive(Debug)]

@@ -65,7 +65,7 @@ impl Bitmap {
     }
 
     /// The words, least significant bit first.
-    pub(super) fn words(&self) -> &[u64] {
+    pub(crate) fn words(&self) -> &[u64] {
         self.bits.as_raw_slice()
     }
 
@@ -87,7 +87,7 @@ impl Bitmap {
 
     /// Sets what is set in these words of a bitmap of the same size; `None` when their number is not what the size asks
     /// for or a bit past the last granule is set, and then some bits may be set.
-    pub(super) fn union_words(&mut self, theirs: &[u8]) -> Option<()> {
+    pub(crate) fn union_words(&mut self, theirs: &[u8]) -> Option<()> {
         let (theirs, rest) = theirs.as_chunks::<8>();
         let tail = tail_mask(self.granules());
         let words = self.words_mut();

@@ -18,8 +18,9 @@ use crate::backup::{self, BackupOptions, LevelChoice, Report};
 use crate::grade::Policy;
 use crate::hooks::config;
 use crate::hooks::program::{self, Hook};
+use crate::machine::Taken;
 use crate::repo::Compression;
-use crate::repo::point::{Level, Taken};
+use crate::repo::point::Level;
 use crate::units::human_bytes;
 use crate::vm::QuietOptions;
 

@@ -9,8 +9,6 @@ use super::args::SourceArgs;
 use super::context::Context;
 use super::exit::Code;
 use super::{host, open};
-use crate::backup::Sidecar;
-use crate::machine::Verdict;
 use crate::vm::{Check, CheckVerdict};
 
 #[derive(Debug, Args)]
@@ -64,35 +62,16 @@ impl fmt::Display for DoctorReport {
     }
 }
 
-/// What can be asked of a server: whether it has the VM, and the VM disks.
-async fn at_a_server(sidecar: &mut Sidecar) -> anyhow::Result<Vec<Check>> {
-    let (machine, found) = sidecar.disks().await?;
-    let check = |name: &str, verdict, words| Check { name: name.to_owned(), verdict, words };
-    let served = format!("{} is served; QEMU {}", sidecar.vm(), machine.qemu_version);
-    let mut checks = vec![check("server", CheckVerdict::Good, served)];
-    for found in found {
-        let name = format!("disk {}", found.disk.name);
-        checks.push(match found.verdict {
-            Verdict::Protectable => check(&name, CheckVerdict::Good, "it can be backed up".to_owned()),
-            Verdict::LeftOut(reason) => check(&name, CheckVerdict::Warn, format!("left out: {reason}")),
-            Verdict::NotProtectable(reason) => check(&name, CheckVerdict::Bad, reason),
-        });
-    }
-    Ok(checks)
-}
-
 pub async fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<Code> {
-    let mut checks = host::checks(context);
-    if let Some(source) = &args.source {
-        let source = SourceArgs { source: source.clone(), vm: args.vm.clone() };
-        let mut sidecar = open::open(context, &source).await?;
-        let work = async {
-            match sidecar.here() {
-                Some(vm) => Ok(vm.doctor().await),
-                None => at_a_server(&mut sidecar).await,
-            }
-        };
-        checks.extend(context.unless_interrupted(work).await?);
+    let mut checks = vec![host::program()];
+    match &args.source {
+        // Who has the VM looks at its own state and scratch.
+        Some(source) => {
+            let source = SourceArgs { source: source.clone(), vm: args.vm.clone() };
+            let mut sidecar = open::open(context, &source).await?;
+            checks.extend(context.unless_interrupted(sidecar.doctor()).await?);
+        }
+        None => checks.extend(host::places(context)),
     }
     let report = DoctorReport::new(checks);
     context.output.print(&report);

@@ -12,8 +12,9 @@ use super::exit::Code;
 use super::table::Table;
 use super::{open, repository};
 use crate::backup;
+use crate::machine::Taken;
 use crate::units::human_bytes;
-use crate::wire::message::{Estimated, Taken};
+use crate::wire::message::Estimated;
 
 #[derive(Debug, Args)]
 pub struct EstimateArgs {

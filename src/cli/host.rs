@@ -23,13 +23,14 @@ fn nearest(dir: &Path) -> &Path {
     dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"))
 }
 
-/// All that can be said without a VM.
-pub fn checks(context: &Context) -> Vec<Check> {
+/// The directories that this host's own sidecars would use.
+pub fn places(context: &Context) -> Vec<Check> {
     let scratch = context.scratch.as_deref().unwrap_or(&context.state);
-    vec![program(), state(&context.state), unlinked(scratch), space(scratch)]
+    vec![state(&context.state), unlinked(scratch), space(scratch)]
 }
 
-fn program() -> Check {
+/// This program and its host.
+pub fn program() -> Check {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let version = env!("CARGO_PKG_VERSION");
     check("program", CheckVerdict::Good, format!("livebackup {version}, Linux {}", kernel.trim()))

@@ -15,6 +15,7 @@ mod doctor;
 mod estimate;
 mod exit;
 mod guardian;
+mod held;
 mod host;
 mod init;
 mod logging;

@@ -11,8 +11,9 @@ use super::context::Context;
 use super::exit::Code;
 use super::repository;
 use super::table::Table;
+use crate::machine::Taken;
 use crate::repo::Manifest;
-use crate::repo::point::{Grade, Level, PointTotals, Taken};
+use crate::repo::point::{Grade, Level, PointTotals};
 use crate::repo::suspect;
 use crate::units::{PointId, human_bytes};
 

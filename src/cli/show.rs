@@ -10,9 +10,9 @@ use super::context::Context;
 use super::exit::Code;
 use super::repository;
 use super::table::Table;
-use crate::machine::Verdict;
+use crate::machine::{Taken, Verdict};
 use crate::repo::Manifest;
-use crate::repo::point::{AuditRecord, Evidence, Taken};
+use crate::repo::point::{AuditRecord, Evidence};
 use crate::repo::suspect::{self, SuspectDisk};
 use crate::units::human_bytes;
 

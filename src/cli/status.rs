@@ -9,8 +9,8 @@ use serde::Serialize;
 use super::args::SourceArgs;
 use super::context::Context;
 use super::dial::dial;
-use super::exit::{self, Code};
-use super::open;
+use super::exit::Code;
+use super::{held, open};
 use super::source::{self, Source};
 use super::table::Table;
 use crate::backup::Sidecar;
@@ -22,7 +22,8 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// The VM: qmp:PATH, qmp:HOST:PORT, livebackup://HOST:PORT/VM or unix:PATH/VM.
+    /// The VM: qmp:PATH, qmp:HOST:PORT, livebackup://HOST:PORT/VM or unix:PATH/VM; without it, all that a livebackup of
+    /// this host holds now.
     source: Option<String>,
     /// Name of the VM, when QEMU has neither -name nor a UUID, or another is wanted.
     #[arg(long, value_name = "NAME")]
@@ -35,10 +36,17 @@ pub struct StatusArgs {
 /// VMs of one look; `before` is the look before it.
 #[derive(Serialize)]
 #[serde(transparent)]
-struct StatusReport<'a> {
+pub struct StatusReport<'a> {
     status: &'a VmStatus,
     #[serde(skip)]
     before: Option<&'a VmStatus>,
+}
+
+impl<'a> StatusReport<'a> {
+    /// Of one look.
+    pub fn new(status: &'a VmStatus) -> Self {
+        Self { status, before: None }
+    }
 }
 
 /// All VMs of a server.
@@ -149,10 +157,30 @@ impl Asked {
     }
 }
 
+/// Waits until it is time to look again; no more when the user stops it.
+async fn look_again(context: &Context) -> bool {
+    tokio::select! {
+        () = context.asked_to_stop() => false,
+        () = tokio::time::sleep(WATCH_EVERY) => true,
+    }
+}
+
+/// Of VMs of this host: all that are held, or the one behind this monitor.
+async fn of_this_host(context: &Context, monitor: Option<&str>, watch: bool) -> anyhow::Result<Code> {
+    loop {
+        let looking = async { Ok::<_, anyhow::Error>(held::on_this_host(context, monitor).await) };
+        context.output.print(&context.unless_interrupted(looking).await?);
+        if !watch || !look_again(context).await {
+            return Ok(Code::Good);
+        }
+    }
+}
+
 pub async fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Code> {
-    let source = args.source.clone().ok_or_else(|| {
-        exit::usage("say which VM: `livebackup status qmp:PATH`, or `livebackup status livebackup://HOST:PORT/VM`")
-    })?;
+    let Some(source) = args.source.clone() else { return of_this_host(context, None, args.watch).await };
+    if let Some(monitor) = held::held_monitor(&source) {
+        return of_this_host(context, Some(&monitor), args.watch).await;
+    }
     let mut asked = match source::parse(&source)? {
         Source::Server(address, None) if args.vm.is_none() => {
             Asked::All(Box::new(context.unless_interrupted(dial(context, &address)).await?))
@@ -174,9 +202,8 @@ pub async fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Code> {
             return Ok(Code::Good);
         }
         before = now;
-        tokio::select! {
-            () = context.asked_to_stop() => return Ok(Code::Good),
-            () = tokio::time::sleep(WATCH_EVERY) => {}
+        if !look_again(context).await {
+            return Ok(Code::Good);
         }
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::grade::{Evidence, Grade};
 use crate::impact::Impact;
 use crate::limits::{MAX_DISKS, MAX_NAME_BYTES};
-use crate::machine::{Disk, FoundDisk, Machine};
+use crate::machine::{Disk, FoundDisk, Machine, Taken};
 use crate::repo::error::FormatError;
 use crate::repo::sealed::{self, Kind};
 use crate::repo::tree::Image;
@@ -42,27 +42,6 @@ impl Level {
             Self::Copy => "copy",
         }
     }
-}
-
-/// How a disk was taken.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "taken", rename_all = "kebab-case")]
-pub enum Taken {
-    /// Whole.
-    Full {
-        /// Why, in a sentence.
-        reason: String,
-    },
-    /// What was written since a checkpoint.
-    Incremental {
-        /// Which.
-        since: CheckpointId,
-    },
-    /// All was read, and what differed from an earlier point was taken.
-    Scan {
-        /// Why, in a sentence.
-        reason: String,
-    },
 }
 
 /// How far the audit of a disk has come: where it is in the random order in which chunks are confirmed.

@@ -74,7 +74,11 @@ impl Caller {
     pub fn check(&self, request: &Request) -> Result<(), Failure> {
         let Self::Client(grants) = self else { return Ok(()) };
         let needs = match request {
-            Request::List | Request::Disks { .. } | Request::Status { .. } | Request::Estimate(_) => May::List,
+            Request::List
+            | Request::Disks { .. }
+            | Request::Status { .. }
+            | Request::Doctor { .. }
+            | Request::Estimate(_) => May::List,
             Request::Begin(_) | Request::Ack(_) => May::Backup,
             Request::Detach { .. } => May::Detach,
         };

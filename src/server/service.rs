@@ -99,6 +99,7 @@ impl Service {
                 Reply::Disks { machine, disks }
             }
             Request::Status { vm } => Reply::Status { vms: self.status(caller, vm).await? },
+            Request::Doctor { vm } => Reply::Doctor { checks: self.vm(caller, &vm).await?.doctor().await },
             Request::Estimate(begin) => {
                 Reply::Estimate { disks: self.vm(caller, &begin.vm).await?.estimate(begin).await? }
             }

@@ -139,6 +139,13 @@ pub enum VhostError {
 )]
 pub struct StillHeld;
 
+/// What an export allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Writable,
+    ReadOnly,
+}
+
 /// One disk's snapshot, read over vhost-user-blk.
 ///
 /// Dropping it ends the connection in the background; [`VhostSource::close`] waits.
@@ -157,6 +164,11 @@ impl VhostSource {
         Self::connect_within(CONNECT_TIMEOUT, socket, size_bytes, rules)
     }
 
+    /// As [`VhostSource::connect`], for an export that is not writable; it takes no discards.
+    pub fn connect_read_only(socket: &Path, size_bytes: u64, rules: SourceRules) -> Result<VhostSource, VhostError> {
+        Self::dial(CONNECT_TIMEOUT, socket, size_bytes, rules, Access::ReadOnly)
+    }
+
     /// As [`VhostSource::connect`], with another limit.
     pub fn connect_within(
         timeout: Duration,
@@ -164,13 +176,23 @@ impl VhostSource {
         size_bytes: u64,
         rules: SourceRules,
     ) -> Result<VhostSource, VhostError> {
+        Self::dial(timeout, socket, size_bytes, rules, Access::Writable)
+    }
+
+    fn dial(
+        timeout: Duration,
+        socket: &Path,
+        size_bytes: u64,
+        rules: SourceRules,
+        access: Access,
+    ) -> Result<VhostSource, VhostError> {
         let deadline = Instant::now() + timeout;
         let qemu = link::dial(socket, deadline).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => VhostError::NoAnswer { waited: timeout },
             _ => VhostError::Connect { socket: socket.to_owned(), source },
         })?;
         let left = deadline.saturating_duration_since(Instant::now());
-        Self::over(left, qemu, size_bytes, rules)
+        Self::open(left, qemu, size_bytes, rules, access)
     }
 
     /// As [`VhostSource::connect_within`], over a connection to the export that is there already: for a listening socket
@@ -180,6 +202,16 @@ impl VhostSource {
         qemu: UnixStream,
         size_bytes: u64,
         rules: SourceRules,
+    ) -> Result<VhostSource, VhostError> {
+        Self::open(timeout, qemu, size_bytes, rules, Access::Writable)
+    }
+
+    fn open(
+        timeout: Duration,
+        qemu: UnixStream,
+        size_bytes: u64,
+        rules: SourceRules,
+        access: Access,
     ) -> Result<VhostSource, VhostError> {
         let SourceRules { boundary_bytes, in_flight_bytes } = rules;
         if boundary_bytes == 0
@@ -204,7 +236,7 @@ impl VhostSource {
         let thread = {
             let (pool, inbox, path) = (pool.clone(), inbox.clone(), private.path());
             std::thread::Builder::new().name("vhost-reader".into()).spawn(move || {
-                let (device, queue) = match handshake(&path, &pool, size_bytes) {
+                let (device, queue) = match handshake(&path, &pool, size_bytes, access) {
                     Ok(both) => both,
                     Err(error) => {
                         let _ = results.send(Err(error));
@@ -275,10 +307,11 @@ fn join(thread: JoinHandle<()>) {
 }
 
 /// Brings a device to where it can read, on the thread that will own it.
-fn handshake(path: &Path, pool: &Pool, size_bytes: u64) -> Result<(Blkio, Blkioq), VhostError> {
+fn handshake(path: &Path, pool: &Pool, size_bytes: u64, access: Access) -> Result<(Blkio, Blkioq), VhostError> {
     let attempt = || -> Result<_, blkio::Error> {
         let mut device = Blkio::new("virtio-blk-vhost-user")?;
         device.set_str("path", &path.to_string_lossy())?;
+        device.set_bool("read-only", access == Access::ReadOnly)?;
         device.connect()?;
         let found = device.get_u64("capacity")?;
         if found != size_bytes {

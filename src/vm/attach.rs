@@ -66,7 +66,7 @@ impl Vm {
         // The guest first: what else was left does it no harm. A stopped one cannot thaw.
         let resumed = undo::resume(&monitor, &debts).await.map_err(qemu_failed)?;
         let thawed = quiet::thaw_left_over(&monitor, &debts).await?;
-        let mut removed = undo::remove_all(&monitor, &names, &place.sockets).await.map_err(qemu_failed)?;
+        let mut removed = undo::remove_all(&monitor, &names, &place.sockets).await.map_err(Failure::from)?;
         removed.extend(resumed.then(|| "let the guest go on, which had been stopped".to_owned()));
         removed.extend(thawed);
         if !removed.is_empty() {
@@ -100,7 +100,7 @@ impl Vm {
 }
 
 /// The monitor's address as every process of this host would write it.
-fn absolute(address: &Address) -> String {
+pub fn absolute(address: &Address) -> String {
     match address {
         Address::Unix(path) => std::fs::canonicalize(path).unwrap_or_else(|_| path.clone()).display().to_string(),
         tcp => tcp.to_string(),

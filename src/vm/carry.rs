@@ -27,7 +27,7 @@ use super::harvest::{self, Harvester};
 use super::medium::{self, OpenFiles, Subject};
 use super::tracking::{self, Bench};
 use super::{Vm, internal, qemu_failed};
-use crate::checkpoint::{EpochStart, Log, Medium};
+use crate::checkpoint::{Bitmap, EpochStart, Log, Medium};
 use crate::extent::Extent;
 use crate::machine::{Disk, Verdict};
 use crate::monitor;
@@ -177,7 +177,9 @@ impl Vm {
         harvest::add_helper_node(monitor, &node, disk.size_bytes).await.map_err(qemu_failed)?;
         tracking::add_bitmap(monitor, &node, "last", GRANULE_BYTES, false).await.map_err(qemu_failed)?;
         let last = disk.size_bytes.saturating_sub(1) / GRANULE_BYTES * GRANULE_BYTES;
-        harvester.set_bits(&node, vec![Extent::between(last, disk.size_bytes)]).await?;
+        let mut bit = Bitmap::new(disk.size_bytes);
+        bit.set(Extent::between(last, disk.size_bytes));
+        harvester.set_bits(&node, "last", &bit).await?;
         tracking::set_sentinel(monitor, names, &disk.node, (&node, "last")).await
     }
 

@@ -1,40 +1,11 @@
 //! Doctor: what stands in the way of a good backup, and what to do about it.
 
-use serde::{Deserialize, Serialize};
-
 use super::scratch::ScratchDir;
 use super::{Vm, graph};
 use crate::machine::Verdict;
 use crate::monitor;
-
-/// How a check came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CheckVerdict {
-    /// As it should be.
-    Good,
-    /// It works, with a drawback.
-    Warn,
-    /// Backups fail.
-    Bad,
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Check {
-    /// What was looked at.
-    pub name: String,
-    /// How it came out.
-    pub verdict: CheckVerdict,
-    /// What was seen, and what to do.
-    pub words: String,
-}
-
-impl Check {
-    fn new(name: &str, verdict: CheckVerdict, words: impl Into<String>) -> Self {
-        Self { name: name.to_owned(), verdict, words: words.into() }
-    }
-}
+use crate::units::human_bytes;
+pub use crate::wire::message::{Check, CheckVerdict};
 
 impl Vm {
     /// Looks at QEMU, its disks, what others do to them, and the space for scratch. Changes nothing.
@@ -55,8 +26,8 @@ impl Vm {
             checks.push(Check::new(name, Good, format!("{value}: {meaning}")));
         }
         match monitor::run_state(self.monitor()).await {
-            Ok(state) => checks.push(Check::new("state", Good, state)),
-            Err(e) => checks.push(Check::new("state", Bad, e.to_string())),
+            Ok(state) => checks.push(Check::new("run state", Good, state)),
+            Err(e) => checks.push(Check::new("run state", Bad, e.to_string())),
         }
         match self.graph().await {
             Err(e) => checks.push(Check::new("disks", Bad, e.to_string())),
@@ -64,7 +35,9 @@ impl Vm {
         }
         let dir = self.inner.options.scratch.clone().unwrap_or_else(|| self.inner.options.state.join("scratch"));
         checks.push(match ScratchDir::open(&dir, self.inner.options.scratch_budget_bytes) {
-            Ok(_) => Check::new("scratch", Good, dir.display().to_string()),
+            Ok(scratch) => {
+                Check::new("scratch", Good, format!("{}, {} free", dir.display(), human_bytes(scratch.free_bytes())))
+            }
             Err(e) => Check::new("scratch", Bad, e.message),
         });
         if !self.monitor().can_pass_fds() {
@@ -75,8 +48,16 @@ impl Vm {
 
     fn check_disks(&self, graph: &graph::Graph, checks: &mut Vec<Check>) {
         use CheckVerdict::{Bad, Good, Warn};
+        let version = &self.inner.bench_parts.2.version;
         for found in &graph.disks {
             let name = format!("disk {}", found.disk.name);
+            if found.disk.iothread && found.verdict == Verdict::Protectable && !version.at_least(10, 0) {
+                let words = format!(
+                    "runs in an iothread, and this QEMU ({version}) hangs when it is told to quit while a backup reads such a \
+                     disk: let the backup end first, or use QEMU 10"
+                );
+                checks.push(Check::new(&name, Warn, words));
+            }
             checks.push(match (&found.verdict, &found.disk.shared) {
                 (Verdict::NotProtectable(reason), _) => Check::new(&name, Bad, reason),
                 (Verdict::LeftOut(reason), _) => Check::new(&name, Good, format!("left out: {reason}")),
@@ -90,7 +71,7 @@ impl Vm {
             checks.push(Check::new("disks", Bad, "the virtual machine has none"));
         }
         for foreign in &graph.foreign {
-            checks.push(Check::new("others at work", Bad, foreign));
+            checks.push(Check::new("others at work", Bad, foreign.to_string()));
         }
         let known: Vec<_> = graph.disks.iter().map(|d| d.disk.node.as_str()).collect();
         for node in graph.node_names() {

@@ -11,26 +11,26 @@
 //! Order, and what a crash leaves after each step (all of it found by name or debt, see [`undo`](super::undo)):
 //!
 //! 1. **Prepare**, guest running: scratch node, helper node with the bitmap `need`, the next bitmap on the disk.
-//! 2. **Instant**: the guest is made [`quiet`](super::quiet); with more than one disk it is stopped, too (the guardian
-//!    owes it `cont`). The bitmap so far is merged into `need`, the filter is made (limited to `need`), and put above the disk. Old bitmaps are disabled.
+//! 2. **Instant**: the guest is made [`quiet`](super::quiet); with more than one disk it is stopped, too, for no longer than
+//!    a lease (the guardian owes it `cont`). The bitmap so far is merged into `need`, the filter is made (limited to
+//!    `need`), and put above the disk. Old bitmaps are disabled.
 //! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
 //!    instant, could not be read back, and the instant is taken again; the third time without a limit.
-//! 4. **Harvest**: the old bitmap is merged into one on the helper node, read over NBD, and given to the log.
+//! 4. **Harvest**: the old bitmap is merged into one on the helper node, read ([`harvest`](super::harvest)), and given to the log.
 //! 5. **Show**: a snapshot node and an export for each disk.
 
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::descriptors::{FileSet, pass_listener};
 use super::guardian::Guardian;
 use super::harvest::{self, Harvester};
 use super::names::Names;
 use super::quiet::Quiet;
-use super::scratch::ScratchDir;
+use super::scratch::Scratch;
 use super::tracking::{self, Plan, add_bitmap, merge};
 use super::undo::{self, Debt, Debts};
 use super::{internal, qemu_failed};
@@ -38,12 +38,13 @@ use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::fault;
 use crate::monitor::{Capabilities, Monitor, MonitorError, run_state};
-use crate::nbd;
 use crate::units::GRANULE_BYTES;
-use crate::wire::message::Failure;
+use crate::wire::message::{Failure, FailureCode};
 
 /// A guest write waits no longer than this for a scratch that is slow. Some versions wrap above 4 s.
 const CBW_TIMEOUT_S: u64 = 4;
+/// The longest that the guest stands still for an instant: then it is let go, and the backup ends.
+const STOP_LEASE: Duration = Duration::from_secs(10);
 /// How often the instant is tried with a limit, before it is taken without.
 const LIMITED_TRIES: usize = 2;
 
@@ -59,7 +60,7 @@ pub struct Bench {
     /// Directory for sockets and debts.
     pub sockets: PathBuf,
     /// Where scratch goes.
-    pub scratch: ScratchDir,
+    pub scratch: Scratch,
 }
 
 /// A disk under the fleece.
@@ -67,8 +68,6 @@ pub struct Bench {
 pub struct FleeceDisk {
     /// What happens to it.
     pub plan: Plan,
-    /// Our end of its scratch; none for a disk that the guest cannot write to.
-    pub scratch: Option<File>,
     index: usize,
     limited: bool,
 }
@@ -98,7 +97,7 @@ impl Fleece {
     pub async fn open(bench: Bench, plans: Vec<Plan>, chunk_bytes: u64, quiet: &mut Quiet) -> Result<Self, Failure> {
         let disks = plans.into_iter().enumerate().map(|(index, plan)| {
             let limited = plan.sealed.is_some();
-            FleeceDisk { plan, scratch: None, index, limited }
+            FleeceDisk { plan, index, limited }
         });
         let disks = disks.collect();
         let (instant, stopped) = (Timestamp::UNIX_EPOCH, Duration::ZERO);
@@ -108,6 +107,9 @@ impl Fleece {
         for attempt in 0.. {
             this.take_instant(quiet).await?;
             fault::point("fleece.instant");
+            if let Some(why) = this.bench.scratch.exhausted() {
+                return Err(Failure::new(FailureCode::NoSpace, why));
+            }
             if this.is_proven().await.map_err(qemu_failed)? {
                 break;
             }
@@ -139,21 +141,16 @@ impl Fleece {
     }
 
     async fn add_scratch(&mut self, i: usize) -> Result<(), Failure> {
-        let Bench { monitor, names, capabilities, scratch, sockets } = &self.bench;
+        let Bench { monitor, names, capabilities, scratch, sockets, .. } = &self.bench;
         let by_descriptor = monitor.can_pass_fds() && capabilities.files_by_descriptor;
         let size_bytes = self.disks[i].plan.disk.size_bytes;
-        let (file, path) = scratch.file(size_bytes, !by_descriptor)?;
+        let (file, path) = scratch.add(i, size_bytes, !by_descriptor)?;
         if let Some(path) = &path {
             Debts::new(sockets).owe_file(i, path).map_err(internal)?;
         }
         let node = names.scratch(i);
         let filename = if by_descriptor {
-            // Ids are ours to choose; they must fit an int.
-            let set = 0x6c62_0000_u64
-                + u64::from(u16::from_le_bytes([crate::units::PackId::random().as_bytes()[0], i as u8]));
-            let label = json!({"fdset-id": set, "opaque": node});
-            monitor.send_fd("add-fd", label, file.as_fd()).await.map_err(qemu_failed)?;
-            format!("/dev/fdset/{set}")
+            FileSet::pass(monitor, &file, &node).await?.filename()
         } else {
             path.as_deref().map(|p| p.display().to_string()).unwrap_or_default()
         };
@@ -163,9 +160,7 @@ impl Fleece {
             // QEMU has it open.
             let _ = std::fs::remove_file(path);
         }
-        added.map_err(qemu_failed)?;
-        self.disks[i].scratch = Some(file);
-        Ok(())
+        added.map(drop).map_err(qemu_failed)
     }
 
     /// The helper node with its bitmaps: `need` in chunks, `check` likewise, `old` in granules.
@@ -187,16 +182,17 @@ impl Fleece {
             add_bitmap(monitor, &node, name, granularity, disabled).await.map_err(qemu_failed)?;
         }
         if let Some(sealed) = sealed {
-            let extents: Vec<_> = sealed.extents().collect();
-            self.harvester.set_bits(&node, extents).await?;
+            self.harvester.set_bits(&node, "need", &sealed).await?;
         }
         if sentinel {
             let disk = self.disks[i].plan.disk.clone();
             add_bitmap(&self.bench.monitor, &node, "last", GRANULE_BYTES, false).await.map_err(qemu_failed)?;
             let last = disk.size_bytes.saturating_sub(1) / GRANULE_BYTES * GRANULE_BYTES;
-            self.harvester.set_bits(&node, vec![Extent::between(last, disk.size_bytes)]).await?;
+            let mut bit = Bitmap::new(disk.size_bytes);
+            bit.set(Extent::between(last, disk.size_bytes));
+            self.harvester.set_bits(&node, "last", &bit).await?;
             tracking::set_sentinel(&self.bench.monitor, &self.bench.names, &disk.node, (&node, "last")).await?;
-            // `need` has the bit too now; a new epoch's disk is read whole, so it is not used.
+            // `need` may have the bit too now; a new epoch's disk is read whole, so it is not used.
         }
         Ok(())
     }
@@ -236,13 +232,13 @@ impl Fleece {
         debts.owe(Debt::Cont).map_err(internal)?;
         guardian.owe(Debt::Cont, &debts.path(Debt::Cont)).map_err(internal)?;
         let start = Instant::now();
-        let inserted = match monitor.raw("stop", json!({})).await {
-            Ok(_) => {
-                fault::point("fleece.stopped");
-                self.insert().await
-            }
-            Err(e) => Err(e),
+        let work = async {
+            monitor.raw("stop", json!({})).await?;
+            fault::point("fleece.stopped");
+            self.insert().await
         };
+        let late = || MonitorError::Deadline { command: "stop, and the instant,".into(), limit: STOP_LEASE };
+        let inserted = tokio::time::timeout(STOP_LEASE, work).await.unwrap_or_else(|_| Err(late()));
         let resumed = undo::resume_whatever_it_takes(monitor, &debts).await;
         self.stopped = start.elapsed();
         if resumed.is_ok() {
@@ -406,12 +402,10 @@ impl Fleece {
             return Ok(Bitmap::full(disk.size_bytes));
         }
         let id = format!("{}st{i}", self.bench.names.prefix());
-        let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id});
-        let may_hold_data = |flags| flags & nbd::proto::STATE_ZERO == 0;
-        let size_bytes = disk.size_bytes;
-        match self.harvester.marked(export, &id, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await? {
-            Ok(data) => Ok(data),
-            Err(error) => {
+        match self.harvester.data(node, &id, disk.size_bytes).await? {
+            Some(Ok(data)) => Ok(data),
+            None => Ok(Bitmap::full(disk.size_bytes)),
+            Some(Err(error)) => {
                 tracing::warn!(disk = disk.name, "which parts are empty cannot be had, so all is read: {error}");
                 Ok(Bitmap::full(disk.size_bytes))
             }
@@ -424,12 +418,12 @@ impl Fleece {
         let id = names.snapshot(i);
         let socket = sockets.join(format!("{id}.vhost"));
         let addr = if monitor.can_pass_fds() && capabilities.sockets_by_descriptor {
-            harvest::pass_listener(monitor, &socket, &id).await?;
+            pass_listener(monitor, &socket, &id).await?;
             json!({"type": "fd", "str": id})
         } else {
             json!({"type": "unix", "path": socket})
         };
-        let export = json!({"type": "vhost-user-blk", "id": id, "node-name": node, "writable": true, "addr": addr});
+        let export = json!({"type": "vhost-user-blk", "id": id, "node-name": node, "writable": self.disks[i].has_filter(), "addr": addr});
         monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
         fault::point("fleece.export");
         Ok(socket)
@@ -437,7 +431,16 @@ impl Fleece {
 
     /// Exports a shown disk over NBD; gives the socket and the export's name.
     pub async fn export_nbd(&mut self, i: usize, node: &str) -> Result<(PathBuf, String), Failure> {
-        let socket = self.harvester.server().await?;
+        let Some(socket) = self.harvester.server().await? else {
+            return Err(Failure::new(
+                FailureCode::Busy,
+                format!(
+                    "disk {} can be read over NBD only, and QEMU's only NBD server was started by another program; wait \
+                     until that program is done, or stop the server with nbd-server-stop",
+                    self.disks[i].plan.disk.name
+                ),
+            ));
+        };
         let Bench { monitor, names, .. } = &self.bench;
         let id = names.snapshot(i);
         let writable = self.disks[i].has_filter();
@@ -450,11 +453,6 @@ impl Fleece {
     /// What the steps work with.
     pub fn bench(&self) -> &Bench {
         &self.bench
-    }
-
-    /// Bytes of scratch in use, by disk.
-    pub fn scratch_bytes(&self) -> Vec<u64> {
-        self.disks.iter().map(|d| d.scratch.as_ref().map_or(0, super::scratch::used_bytes)).collect()
     }
 }
 

@@ -24,15 +24,16 @@ use jiff::Timestamp;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use crate::checkpoint::{Log, Medium, QemuInstance};
-use crate::machine::{Disk, FoundDisk, Machine, Verdict};
+use crate::machine::{Disk, FoundDisk, Machine, Taken, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
-use crate::wire::message::{Begin, Failure, FailureCode, LastSession, SessionStatus, Taken, TrackingStatus};
+use crate::wire::message::{Begin, Failure, FailureCode, LastSession, SessionStatus, TrackingStatus};
 
 mod agent;
 mod attach;
 mod carry;
 pub mod compare;
+mod descriptors;
 pub mod doctor;
 mod estimate;
 pub mod evidence;
@@ -55,6 +56,7 @@ pub mod tracking;
 pub mod transfer;
 pub mod undo;
 
+pub use attach::absolute;
 pub use doctor::{Check, CheckVerdict};
 pub use power::{Hold, Parting, PowerOff};
 pub use quiet::QuietOptions;
@@ -72,7 +74,7 @@ pub enum Transport {
     /// vhost-user-blk where this QEMU has it, else NBD.
     #[default]
     Auto,
-    /// The same; named for completeness.
+    /// vhost-user-blk, or not at all.
     Vhost,
     /// NBD.
     Nbd,

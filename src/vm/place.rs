@@ -202,18 +202,22 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
 
 /// The holder of the QEMU behind this monitor, found without connecting: its monitor may have one place only.
 pub fn holder_of(monitor: &str) -> Option<Holder> {
-    let entries = fs::read_dir(run_dir().ok()?).ok()?;
-    entries.flatten().find_map(|entry| {
+    holders().find(|(_, holder)| holder.monitor == monitor).map(|(_, holder)| holder)
+}
+
+/// The QEMU processes of this host that a sidecar holds now, by their ids, and who that is.
+pub fn holders() -> impl Iterator<Item = (i32, Holder)> {
+    let entries = run_dir().ok().and_then(|dir| fs::read_dir(dir).ok());
+    entries.into_iter().flatten().flatten().filter_map(|entry| {
         let path = entry.path();
-        if path.extension()? != "lock" {
-            return None;
-        }
-        let holder = read_holder(File::open(&path).ok()?).filter(|h| h.monitor == monitor)?;
+        let key = path.file_name()?.to_str()?.strip_prefix("qemu-")?.strip_suffix(".lock")?;
+        let qemu = key.split('-').next()?.parse().ok()?;
+        let holder = read_holder(File::open(&path).ok()?)?;
         // A dead holder's lock can be taken.
         let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(_) => None,
-            Err(_) => Some(holder),
+            Err(_) => Some((qemu, holder)),
         }
     })
 }

@@ -341,7 +341,7 @@ impl Vm {
         let (monitor, names) = (self.monitor(), self.names());
         let graph = self.graph().await?;
         let run_state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
-        let mut others = graph.foreign.clone();
+        let mut others: Vec<_> = graph.foreign.iter().map(ToString::to_string).collect();
         let exports = monitor.raw("query-block-exports", json!({})).await.map_err(qemu_failed)?;
         others.extend(exports.as_array().into_iter().flatten().map(|e| format!("export {} is open", e["id"])));
         if !others.is_empty() {

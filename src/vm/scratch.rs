@@ -3,13 +3,19 @@
 //! An unlinked file on a local file system (or tmpfs), handed to QEMU as a descriptor, so that nothing stays after any
 //! crash. Its growth is watched: the fleece lets go before the budget or the file system's reserve is used up, since the
 //! guest's own disks may lie on the same file system.
+//!
+//! **A scratch that hangs** (its device or server does not answer) holds QEMU up when its node goes. So when a session is
+//! over, [`Scratch::release`] first gives all space back, and when the session has failed, it also writes, syncs and reads
+//! a little through our own descriptor, on a thread that may hang; until that has come back, the filter stays.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::statfs::{self, FsType};
 use nix::sys::statvfs::statvfs;
+use tokio::sync::oneshot;
 
 use crate::units::{GIB, MIB, PackId, human_bytes};
 use crate::wire::message::{Failure, FailureCode};
@@ -65,6 +71,11 @@ impl ScratchDir {
         Ok(this)
     }
 
+    /// Free space of its file system; 0 when that cannot be told.
+    pub fn free_bytes(&self) -> u64 {
+        self.free_and_reserve().map_or(0, |(free, _)| free)
+    }
+
     fn free_and_reserve(&self) -> nix::Result<(u64, u64)> {
         let fs = statvfs(&self.dir)?;
         let unit = fs.fragment_size();
@@ -114,8 +125,80 @@ impl ScratchDir {
     }
 }
 
+/// The scratch of one session. Clones share its files.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    dir: ScratchDir,
+    files: Arc<Mutex<Vec<(usize, Arc<File>)>>>,
+}
+
+impl Scratch {
+    /// Without files yet.
+    pub fn new(dir: ScratchDir) -> Self {
+        Self { dir, files: Arc::default() }
+    }
+
+    /// A new file for the disk with this index, as [`ScratchDir::file`] makes it; it is watched from now on.
+    pub fn add(&self, disk: usize, size_bytes: u64, named: bool) -> Result<(Arc<File>, Option<PathBuf>), Failure> {
+        let (file, path) = self.dir.file(size_bytes, named)?;
+        let file = Arc::new(file);
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).push((disk, file.clone()));
+        Ok((file, path))
+    }
+
+    fn files(&self) -> Vec<(usize, Arc<File>)> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bytes in use, by disk up to the last that has a file.
+    pub fn used_by_disk(&self) -> Vec<u64> {
+        let files = self.files();
+        let mut used = vec![0; files.iter().map(|(disk, _)| disk + 1).max().unwrap_or(0)];
+        files.iter().for_each(|(disk, file)| used[*disk] = used_bytes(file));
+        used
+    }
+
+    /// Why the fleece must let go now, if it must.
+    pub fn exhausted(&self) -> Option<String> {
+        self.dir.exhausted(self.used_by_disk().iter().sum())
+    }
+
+    /// Gives all space back, which nobody reads any more, and resolves when the file system has answered. It may never do.
+    /// `probe`: whether it must have stored something, too.
+    pub fn release(&self, probe: bool) -> oneshot::Receiver<()> {
+        let (answered, answer) = oneshot::channel();
+        let files = self.files();
+        // A thread of its own: the runtime would wait for one of its own to come back.
+        let thread = std::thread::Builder::new().name("scratch-release".into()).spawn(move || {
+            for (_, file) in files {
+                // An error is an answer.
+                if let Err(error) = release(&file, probe) {
+                    tracing::debug!("releasing scratch: {error}");
+                }
+            }
+            let _ = answered.send(());
+        });
+        if let Err(error) = thread {
+            tracing::warn!("scratch cannot be asked whether it answers: {error}");
+        }
+        answer
+    }
+}
+
+fn release(file: &File, probe: bool) -> std::io::Result<()> {
+    let mut page = [0; 4096];
+    file.set_len(0)?;
+    if !probe {
+        return Ok(());
+    }
+    file.write_all_at(&page, 0)?;
+    file.sync_data()?;
+    file.read_exact_at(&mut page, 0)?;
+    file.set_len(0)
+}
+
 /// Bytes that a scratch file takes.
-pub fn used_bytes(file: &File) -> u64 {
+fn used_bytes(file: &File) -> u64 {
     file.metadata().map_or(0, |m| m.blocks() * 512)
 }
 

@@ -2,28 +2,36 @@
 //!
 //! Opening and running are tasks of their own: a caller that goes away in the middle must not leave the guest stopped or a
 //! fleece behind.
+//!
+//! ```text
+//!  open ──► run ──► close sources ──► scratch answers? ──► undo ──► over
+//!  ╰── under watch: scratch, monitor ─╯      ╰── no, or stuck: again, with pauses; after a while in the background
+//! ```
+//!
+//! From the proof of the instant on, scratch and monitor are watched: whatever is wrong ends the session. What ends it in
+//! the middle of opening leaves what a crash there would leave, and the same undo takes it out.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::compare::{Compared, Expected};
 use super::fleece::{Bench, Fleece};
 use super::meter::Meter;
 use super::quiet::{Quiet, QuietOptions};
-use super::scratch::ScratchDir;
+use super::scratch::{Scratch, ScratchDir};
 use super::transfer::{self, Needed, ReadyDisk};
-use super::{Inner, Vm, internal, qemu_failed, tracking, undo};
+use super::{Inner, Vm, internal, qemu_failed, select, tracking, undo};
 use crate::checkpoint::Bitmap;
 use crate::grade::{Evidence, Policy};
 use crate::hooks::program::{self, About, Phase};
-use crate::machine::FoundDisk;
+use crate::machine::{FoundDisk, Taken};
+use crate::monitor::MonitorError;
 use crate::units::EpochId;
-use crate::wire::message::{
-    Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Taken, Totals,
-};
+use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
 
 /// Events that wait for the client in this process.
 const EVENTS_WAITING: usize = 4;
@@ -31,6 +39,15 @@ const EVENTS_WAITING: usize = 4;
 const DIGESTS_WAITING: usize = 4;
 /// How often the scratch is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// How often the monitor is asked whether QEMU still answers, and how long it may take: no command may take longer.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+/// How long a scratch may take to answer before it counts as hung.
+const SCRATCH_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How long a session's end waits for QEMU to let everything go; then it is tried in the background.
+const CLEAN_UP_WITHIN: Duration = Duration::from_secs(30);
+/// Between two tries: from the one to the other, twice as long each time.
+const TRY_AGAIN_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// How often the guest's latency is read for whoever watches.
 const READ_EVERY: Duration = Duration::from_secs(1);
@@ -72,7 +89,6 @@ impl Vm {
             Ok(opened) => opened,
             Err(failure) => {
                 self.set_last(start, 0, Some(&failure));
-                self.clean_up().await;
                 program::after(hooks, Phase::Session, &about, Err(failure.message.clone())).await;
                 // Who hears of it may ask again at once.
                 drop(guard);
@@ -110,7 +126,8 @@ impl Vm {
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
         let _ = reply.send(Ok(Session { begun, events: event_queue, acks, digests }));
         let expected = Expected::new(digest_queue);
-        let mut last = self.run((fleece, meter), ready, &events, ack_queue, expected, prepare_us).await;
+        let totals = Totals { prepare_us, ..Totals::default() };
+        let mut last = self.run((fleece, meter), ready, &events, ack_queue, expected, totals).await;
         let result = last.as_ref().map(drop).map_err(|failure| failure.message.clone());
         let warnings = program::after(hooks, Phase::Session, &about, result).await;
         if let Ok(Event::End(totals)) = &mut last {
@@ -140,7 +157,21 @@ impl Vm {
         }
     }
 
+    /// Opens a fleece, or leaves nothing.
     async fn open(&self, begin: &Begin) -> Result<Opened, Failure> {
+        let Inner { options, .. } = &*self.inner;
+        let dir = options.scratch.clone().unwrap_or_else(|| options.state.join("scratch"));
+        let scratch = Scratch::new(ScratchDir::open(&dir, options.scratch_budget_bytes)?);
+        let opened = self.open_with(begin, scratch.clone()).await;
+        if opened.is_err() {
+            for warning in self.tear_down(&scratch, true).await {
+                tracing::error!(vm = self.inner.name, "{warning}");
+            }
+        }
+        opened
+    }
+
+    async fn open_with(&self, begin: &Begin, scratch: Scratch) -> Result<Opened, Failure> {
         let (monitor, names, capabilities) = self.inner.bench_parts.clone();
         let Inner { place, options, .. } = &*self.inner;
         if !capabilities.can_back_up() {
@@ -149,16 +180,20 @@ impl Vm {
                 format!("this QEMU ({}) cannot do live backups:\n{capabilities}", capabilities.version),
             ));
         }
-        let scratch_dir = options.scratch.clone().unwrap_or_else(|| options.state.join("scratch"));
-        let scratch = ScratchDir::open(&scratch_dir, options.scratch_budget_bytes)?;
         // A session whose clean-up failed may have left something.
         self.clean_up_now().await?;
         self.carry_over().await?;
         let graph = self.graph().await?;
-        if !graph.foreign.is_empty() {
+        let chosen = select::disks(&graph.disks, begin)?;
+        let at_work: Vec<_> =
+            graph.foreign.iter().filter(|f| chosen.iter().any(|d| d.name == f.disk)).map(ToString::to_string).collect();
+        if !at_work.is_empty() {
             return Err(Failure::new(
                 FailureCode::Busy,
-                format!("something else is at work on the disks: {}; wait until it is done", graph.foreign.join("; ")),
+                format!(
+                    "something else is at work: {}; wait until it is done, or leave the disk out with --exclude",
+                    at_work.join("; ")
+                ),
             ));
         }
         let mut plans = vec![];
@@ -177,15 +212,35 @@ impl Vm {
         let bench = Bench { monitor, names, capabilities, sockets: place.sockets.clone(), scratch };
         let disks: Vec<_> = plans.iter().map(|p| &p.disk).collect();
         let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
-        let meter = self.meter(&plans).await;
+        let mut meter = self.meter(&plans).await;
         let about = self.about(begin);
         let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks).await?;
+        let scratch = bench.scratch.clone();
+        // Not under watch: the guest may be quiet in it, and must not stay so. Each of its steps has a limit.
         let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
+        let disks = tokio::select! {
+            biased;
+            disks = self.make_ready(&mut fleece, &reasons, chunk_bytes) => disks?,
+            broken = self.watch(&scratch, &mut meter) => return Err(broken),
+        };
+        let left_out =
+            graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
+        crate::fault::point("vm.begun");
+        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter })
+    }
+
+    /// Makes the checkpoints durable, and the disks readable.
+    async fn make_ready(
+        &self,
+        fleece: &mut Fleece,
+        reasons: &[String],
+        chunk_bytes: u64,
+    ) -> Result<Vec<(ReadyDisk, BegunDisk)>, Failure> {
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
-            let (epoch, needed) = self.settle(&mut fleece, i, reason, chunk_bytes).await?;
+            let (epoch, needed) = self.settle(fleece, i, reason, chunk_bytes).await?;
             let needed_bytes = needed.bitmap.count_bytes();
-            let ready = transfer::ready(&mut fleece, i, needed, chunk_bytes, options.transport).await?;
+            let ready = transfer::ready(fleece, i, needed, chunk_bytes, self.inner.options.transport).await?;
             let plan = &fleece.disks[i].plan;
             let begun = BegunDisk {
                 disk: plan.disk.clone(),
@@ -197,10 +252,7 @@ impl Vm {
             };
             disks.push((ready, begun));
         }
-        let left_out =
-            graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
-        crate::fault::point("vm.begun");
-        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter })
+        Ok(disks)
     }
 
     /// Reads the guest's latency for the last time before the instant.
@@ -280,10 +332,10 @@ impl Vm {
         events: &mpsc::Sender<Result<Event, Failure>>,
         mut acks: mpsc::UnboundedReceiver<Ack>,
         mut expected: Expected,
-        prepare_us: u64,
+        mut totals: Totals,
     ) -> Result<Event, Failure> {
         let start = Instant::now();
-        let mut totals = Totals { prepare_us, ..Totals::default() };
+        let scratch = fleece.bench().scratch.clone();
         let outcome = {
             let sending = async {
                 for (i, disk) in disks.iter().enumerate() {
@@ -305,14 +357,14 @@ impl Vm {
             tokio::select! {
                 biased;
                 sent = sending => sent,
-                broken = self.watch(&fleece, &mut meter) => Err(broken),
+                broken = self.watch(&scratch, &mut meter) => Err(broken),
                 () = events.closed() => Err(transfer::left()),
                 why = self.told_to_give_up() => Err(why),
                 () = transfer::discard_acknowledged(&disks, &mut acks) => Err(transfer::left()),
             }
         };
         totals.transfer_us = start.elapsed().as_micros() as u64;
-        meter.look(&fleece.scratch_bytes());
+        meter.look(&scratch.used_by_disk());
         totals.scratch_peak_bytes = meter.scratch_peak_bytes();
         crate::fault::point("vm.sent");
         if let Err(failure) = &outcome
@@ -320,11 +372,15 @@ impl Vm {
         {
             self.distrust(&mut fleece, failure);
         }
-        totals.warnings = self.close(fleece, disks).await;
+        totals.warnings = self.close(&scratch, disks, outcome.is_err()).await;
         let readings = self.inner.gauge.read().await;
         totals.impact = meter.impact(&readings);
         self.inner.gauge.keep(readings);
         self.set_progress(|p| *p = None);
+        if outcome.is_err() {
+            // Nobody is told otherwise.
+            totals.warnings.iter().for_each(|warning| tracing::error!(vm = self.inner.name, "{warning}"));
+        }
         tracing::info!(vm = self.inner.name, ?totals, "session over");
         outcome.map(|()| Event::End(totals))
     }
@@ -342,12 +398,12 @@ impl Vm {
     }
 
     /// Looks at the scratch and the monitor until the fleece must let go.
-    async fn watch(&self, fleece: &Fleece, meter: &mut Meter) -> Failure {
+    async fn watch(&self, scratch: &Scratch, meter: &mut Meter) -> Failure {
         let look = async {
             let mut read = Instant::now();
             loop {
                 tokio::time::sleep(WATCH_EVERY).await;
-                let by_disk = fleece.scratch_bytes();
+                let by_disk = scratch.used_by_disk();
                 meter.look(&by_disk);
                 let used = by_disk.iter().sum();
                 let impact = if read.elapsed() >= READ_EVERY {
@@ -362,7 +418,7 @@ impl Vm {
                         p.impact = impact.unwrap_or_else(|| std::mem::take(&mut p.impact));
                     }
                 });
-                if let Some(why) = fleece.bench().scratch.exhausted(used) {
+                if let Some(why) = scratch.exhausted() {
                     return Failure::new(
                         FailureCode::NoSpace,
                         format!("the point in time was given up for the guest's sake: {why}"),
@@ -370,14 +426,28 @@ impl Vm {
                 }
             }
         };
+        let ask = async {
+            loop {
+                tokio::time::sleep(ASK_EVERY).await;
+                let answer = self.monitor().raw_within(ANSWERS_WITHIN, "query-status", json!({})).await;
+                // A closed one is seen below.
+                if let Err(silent @ MonitorError::Deadline { .. }) = answer {
+                    return Failure::new(
+                        FailureCode::Qemu,
+                        format!("QEMU hangs or was stopped, and the backup was given up: {silent}"),
+                    );
+                }
+            }
+        };
         tokio::select! {
             failure = look => failure,
+            failure = ask => failure,
             () = self.closed() => Failure::new(FailureCode::Qemu, "QEMU ended, or closed its monitor, during the backup"),
         }
     }
 
     /// Closes the sources and takes the fleece out of QEMU. Gives warnings.
-    async fn close(&self, fleece: Fleece, disks: Vec<ReadyDisk>) -> Vec<String> {
+    async fn close(&self, scratch: &Scratch, disks: Vec<ReadyDisk>, failed: bool) -> Vec<String> {
         let mut warnings = vec![];
         let mut after = vec![];
         for disk in disks {
@@ -392,31 +462,63 @@ impl Vm {
             }
         }
         crate::fault::point("vm.closing");
-        let files: Vec<_> = fleece.disks.iter().filter_map(|d| d.scratch.as_ref()?.try_clone().ok()).collect();
-        if let Err(failure) = self.clean_up_now().await {
-            warnings.push(failure.message);
-        }
-        for file in files {
-            // QEMU 7.2 keeps a passed descriptor while the guest does not run; its space need not be kept.
-            let _ = file.set_len(0);
-        }
+        warnings.extend(self.tear_down(scratch, failed).await);
         drop(after);
         warnings
     }
 
-    pub(super) async fn clean_up_now(&self) -> Result<(), Failure> {
-        let removed = undo::remove_all(self.monitor(), self.names(), &self.inner.place.sockets).await;
-        removed.map(drop).map_err(|e| {
-            Failure::new(
-                FailureCode::Qemu,
-                format!("the fleece could not be taken out of QEMU, the next start tries again: {e}"),
-            )
-        })
+    /// Takes the fleece out of QEMU, as often as it takes. What does not go within [`CLEAN_UP_WITHIN`] is a warning, and is
+    /// tried again in the background.
+    async fn tear_down(&self, scratch: &Scratch, failed: bool) -> Vec<String> {
+        let start = Instant::now();
+        let mut pause = TRY_AGAIN_AFTER.0;
+        let mut answer = scratch.release(failed);
+        loop {
+            let Err(failure) = self.try_to_clean_up(scratch, &mut answer).await else { return vec![] };
+            if self.monitor().is_closed() {
+                return vec![failure.message];
+            }
+            if start.elapsed() >= CLEAN_UP_WITHIN {
+                tokio::spawn(self.clone().clean_up_later(scratch.clone(), answer));
+                return vec![failure.message];
+            }
+            tracing::warn!(vm = self.inner.name, "trying again: {failure}");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(TRY_AGAIN_AFTER.1);
+        }
     }
 
-    async fn clean_up(&self) {
-        if let Err(failure) = self.clean_up_now().await {
-            tracing::error!(vm = self.inner.name, "{failure}");
+    /// Cleans up if the scratch has answered; asks it again for the next time if that fails, which also gives back what the
+    /// filter has copied meanwhile.
+    async fn try_to_clean_up(&self, scratch: &Scratch, answer: &mut oneshot::Receiver<()>) -> Result<(), Failure> {
+        // The guest first, whatever else hangs.
+        undo::resume(self.monitor(), &undo::Debts::new(&self.inner.place.sockets)).await.map_err(qemu_failed)?;
+        if tokio::time::timeout(SCRATCH_ANSWERS_WITHIN, &mut *answer).await.is_err() {
+            return Err(Failure::new(
+                FailureCode::NoSpace,
+                "the file system of the scratch does not answer; the broken filter stays above the disks until it does, since \
+                 QEMU would hang with it: mend or unmount the file system, and name another directory with --scratch",
+            ));
         }
+        let cleaned = self.clean_up_now().await;
+        // QEMU 7.2 keeps a passed descriptor while the guest does not run; its space need not be kept.
+        *answer = scratch.release(cleaned.is_err());
+        cleaned
+    }
+
+    /// Goes on trying until it is done, or another session does it, or QEMU is gone.
+    async fn clean_up_later(self, scratch: Scratch, mut answer: oneshot::Receiver<()>) {
+        while !self.monitor().is_closed() {
+            tokio::time::sleep(TRY_AGAIN_AFTER.1).await;
+            let Ok(_guard) = self.claim() else { return };
+            match self.try_to_clean_up(&scratch, &mut answer).await {
+                Ok(()) => return tracing::info!(vm = self.inner.name, "the fleece is out of QEMU at last"),
+                Err(failure) => tracing::warn!(vm = self.inner.name, "{failure}"),
+            }
+        }
+    }
+
+    pub(super) async fn clean_up_now(&self) -> Result<(), Failure> {
+        undo::remove_all(self.monitor(), self.names(), &self.inner.place.sockets).await.map(drop).map_err(Failure::from)
     }
 }

@@ -80,7 +80,7 @@ impl Vm {
     pub async fn detach(&self) -> Result<Vec<String>, Failure> {
         let _guard = self.claim()?;
         let (monitor, names) = (self.monitor(), self.names());
-        let mut removed = undo::remove_all(monitor, names, &self.inner.place.sockets).await.map_err(qemu_failed)?;
+        let mut removed = undo::remove_all(monitor, names, &self.inner.place.sockets).await.map_err(Failure::from)?;
         removed.extend(self.inner.gauge.switch_off().await.map_err(qemu_failed)?);
         let graph = self.graph().await?;
         for found in &graph.disks {

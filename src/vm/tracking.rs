@@ -26,13 +26,13 @@ use super::names::Names;
 use super::{internal, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
 use crate::extent::Extent;
-use crate::machine::Disk;
+use crate::machine::{Disk, Taken};
 use crate::monitor::{Monitor, MonitorError};
 use crate::repo::layout::directory_of_vm;
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
 use crate::wire::contract::AUDIT_FLOOR_CHUNKS;
 use crate::wire::digests::ChunkDigest;
-use crate::wire::message::{AuditChunk, Begin, Failure, Taken};
+use crate::wire::message::{AuditChunk, Begin, Failure};
 
 /// What a checkpoint of a disk needs of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

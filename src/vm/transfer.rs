@@ -93,12 +93,21 @@ pub async fn ready(
         boundary_bytes: capabilities.snapshot_boundary_bytes,
         in_flight_bytes: (IN_FLIGHT_BYTES / count).clamp(2 * MIB, DISK_IN_FLIGHT_BYTES),
     };
-    // QEMU's vhost-user-blk export of a node that cannot be written to is refused by its readers.
-    let vhost = capabilities.vhost_user_blk && !disk.read_only && transport != Transport::Nbd;
+    if transport == Transport::Vhost && !capabilities.vhost_user_blk {
+        return Err(Failure::new(
+            FailureCode::Qemu,
+            format!(
+                "this QEMU ({}) has no vhost-user-blk exports, and no other transport is allowed",
+                capabilities.version
+            ),
+        ));
+    }
+    let vhost = capabilities.vhost_user_blk && transport != Transport::Nbd;
     let source = if vhost {
         let socket = fleece.export_vhost(i, &node).await?;
+        let connect = if disk.read_only { VhostSource::connect_read_only } else { VhostSource::connect };
         let size_bytes = disk.size_bytes;
-        let connected = tokio::task::spawn_blocking(move || VhostSource::connect(&socket, size_bytes, rules)).await;
+        let connected = tokio::task::spawn_blocking(move || connect(&socket, size_bytes, rules)).await;
         Source::Vhost(connected.map_err(internal)?.map_err(internal)?)
     } else {
         if disk.iothread && !capabilities.nbd_safe_in_iothread {

@@ -17,7 +17,10 @@
 //! A debt file is written before the step and removed after its inverse. It needs no fsync: it outlives our death in the
 //! page cache, and QEMU does not outlive the host's.
 //!
-//! Order: exports, NBD server, snapshots, filters, scratch, helpers, descriptors. Every step may find its work done.
+//! Order: exports, NBD server, snapshots, filters (first all of them out from above their disks, then each deleted),
+//! scratch, helpers, descriptors. A filter cannot be taken out while a snapshot stands on it: it then denies others to
+//! write to the disk. Every step may find its work done, and one that is refused keeps none from its turn that does not
+//! need it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -27,6 +30,7 @@ use serde_json::{Value, json};
 use super::names::Names;
 use crate::monitor::{Monitor, MonitorError};
 use crate::vhost::{self, VhostError};
+use crate::wire::message::{Failure, FailureCode};
 
 /// How long a hard-deleted export may take to go.
 const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
@@ -159,47 +163,133 @@ pub async fn resume_whatever_it_takes(monitor: &Monitor, debts: &Debts) -> Resul
     }
 }
 
+/// What could not be taken out, step by step. The rest is out; the next call goes on.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", steps.iter().map(|(what, why)| format!("{what}: {why}")).collect::<Vec<_>>().join("; "))]
+pub struct Stuck {
+    /// Each step that failed, and why.
+    pub steps: Vec<(String, MonitorError)>,
+}
+
+impl From<Stuck> for Failure {
+    fn from(stuck: Stuck) -> Self {
+        Failure::new(
+            FailureCode::Qemu,
+            format!("not all of ours could be taken out of QEMU, the next start tries again: {stuck}"),
+        )
+    }
+}
+
 /// Takes out everything of ours but bitmaps. Says in words what it removed.
 ///
 /// # Errors
-/// The first step that QEMU refused. What comes after it stays; the next call goes on.
-pub async fn remove_all(monitor: &Monitor, names: &Names, sockets: &Path) -> Result<Vec<String>, MonitorError> {
-    let debts = Debts::new(sockets);
-    let mut removed = vec![];
-    if resume(monitor, &debts).await? {
-        removed.push("let the guest go on, which had been stopped".to_owned());
+/// Every step that QEMU refused; those that do not need it were taken all the same. A monitor that does not answer any
+/// more ends it.
+pub async fn remove_all(monitor: &Monitor, names: &Names, sockets: &Path) -> Result<Vec<String>, Stuck> {
+    let mut undo = Undo { monitor, names, sockets, debts: Debts::new(sockets), removed: vec![], stuck: vec![] };
+    if let Err(lost) = undo.everything().await {
+        undo.stuck.push(("the rest".to_owned(), lost));
     }
-    for export in ours(&monitor.raw("query-block-exports", json!({})).await?, "id", names) {
-        remove_export(monitor, &export, sockets).await?;
-        removed.push(format!("export {export}"));
+    if undo.stuck.is_empty() { Ok(undo.removed) } else { Err(Stuck { steps: undo.stuck }) }
+}
+
+struct Undo<'a> {
+    monitor: &'a Monitor,
+    names: &'a Names,
+    sockets: &'a Path,
+    debts: Debts,
+    removed: Vec<String>,
+    stuck: Vec<(String, MonitorError)>,
+}
+
+impl Undo<'_> {
+    /// All steps. An error is one after which QEMU cannot be asked for anything more.
+    async fn everything(&mut self) -> Result<(), MonitorError> {
+        let (monitor, names) = (self.monitor, self.names);
+        let resumed = resume(monitor, &self.debts).await;
+        if let Some(true) = self.note("the guest, which is stopped".to_owned(), resumed)? {
+            self.removed.push("let the guest go on, which had been stopped".to_owned());
+        }
+        for export in ours(&monitor.raw("query-block-exports", json!({})).await?, "id", names) {
+            match remove_export(monitor, &export, self.sockets).await {
+                Ok(()) => self.removed.push(format!("export {export}")),
+                // Of the export's reader, not of the monitor: what else there is need not wait for it.
+                Err(e @ MonitorError::Deadline { .. }) => self.stuck.push((format!("export {export}"), e)),
+                failed => drop(self.note(format!("export {export}"), failed)?),
+            }
+        }
+        self.stop_server().await?;
+        let nodes = named_nodes(monitor, names).await?;
+        for node in nodes.iter().filter(|n| n.starts_with(&format!("{}snap", names.prefix()))) {
+            self.delete(node).await?;
+        }
+        // Every guest device first: what follows may hold QEMU's main loop up for a while.
+        let mut out = vec![];
+        for filter in nodes.iter().filter(|n| names.is_filter(n)) {
+            let below = take_out(monitor, filter).await;
+            out.extend(self.note(format!("filter {filter}"), below)?.map(|below| (filter, below)));
+        }
+        for (filter, below) in out {
+            // The guest is free of the filter; only deleting it flushes.
+            if let Some(below) = below {
+                sync_image(monitor, &below).await;
+            }
+            let deleted = monitor.raw("blockdev-del", json!({"node-name": filter})).await;
+            if self.note(format!("filter {filter}"), deleted)?.is_some() {
+                self.removed.push(format!("filter {filter}"));
+                crate::fault::point("undo.filter");
+            }
+        }
+        if !self.stuck.is_empty() {
+            // What is left is in use by what is stuck.
+            return Ok(());
+        }
+        for node in named_nodes(monitor, names).await? {
+            self.delete(&node).await?;
+        }
+        remove_descriptors(monitor, names).await?;
+        self.debts.pay_files();
+        remove_sockets(self.sockets);
+        Ok(())
     }
-    if debts.owed(Debt::Nbd) {
-        let others = monitor.raw("query-block-exports", json!({})).await?;
-        let in_use = others.as_array().is_some_and(|all| all.iter().any(|e| e["type"] == "nbd"));
+
+    /// Stops QEMU's NBD server, if we started it and nobody else uses it.
+    async fn stop_server(&mut self) -> Result<(), MonitorError> {
+        if !self.debts.owed(Debt::Nbd) {
+            return Ok(());
+        }
+        let exports = self.monitor.raw("query-block-exports", json!({})).await?;
+        if !ours(&exports, "id", self.names).is_empty() {
+            return Ok(());
+        }
+        let in_use = exports.as_array().is_some_and(|all| all.iter().any(|e| e["type"] == "nbd"));
         if !in_use {
             // It may never have started.
-            refusal_is_fine(monitor.raw("nbd-server-stop", json!({})).await)?;
+            refusal_is_fine(self.monitor.raw("nbd-server-stop", json!({})).await)?;
         }
-        debts.paid(Debt::Nbd);
+        self.debts.paid(Debt::Nbd);
+        Ok(())
     }
-    let nodes = named_nodes(monitor, names).await?;
-    for node in nodes.iter().filter(|n| n.starts_with(&format!("{}snap", names.prefix()))) {
-        monitor.raw("blockdev-del", json!({"node-name": node})).await?;
-        removed.push(format!("node {node}"));
+
+    async fn delete(&mut self, node: &str) -> Result<(), MonitorError> {
+        let deleted = self.monitor.raw("blockdev-del", json!({"node-name": node})).await;
+        if self.note(format!("node {node}"), deleted)?.is_some() {
+            self.removed.push(format!("node {node}"));
+        }
+        Ok(())
     }
-    for filter in nodes.iter().filter(|n| names.is_filter(n)) {
-        remove_filter(monitor, filter).await?;
-        removed.push(format!("filter {filter}"));
-        crate::fault::point("undo.filter");
+
+    /// Writes a refusal down and goes on; any other error is the end.
+    fn note<T>(&mut self, what: String, outcome: Result<T, MonitorError>) -> Result<Option<T>, MonitorError> {
+        match outcome {
+            Ok(done) => Ok(Some(done)),
+            Err(e) if e.refusal().is_some() => {
+                self.stuck.push((what, e));
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
     }
-    for node in named_nodes(monitor, names).await? {
-        monitor.raw("blockdev-del", json!({"node-name": node})).await?;
-        removed.push(format!("node {node}"));
-    }
-    remove_descriptors(monitor, names).await?;
-    debts.pay_files();
-    remove_sockets(sockets);
-    Ok(removed)
 }
 
 async fn remove_export(monitor: &Monitor, id: &str, sockets: &Path) -> Result<(), MonitorError> {
@@ -236,8 +326,8 @@ pub(super) async fn delete_export(monitor: &Monitor, id: &str) -> Result<(), Mon
     tokio::time::timeout(EXPORT_GOES_WITHIN, gone).await.unwrap_or(Err(late))
 }
 
-/// Takes a filter from above its disk: the disk gets back what the graph says is below the filter.
-async fn remove_filter(monitor: &Monitor, filter: &str) -> Result<(), MonitorError> {
+/// Takes a filter from above its disk: the device gets back what the graph says is below the filter. Gives that.
+async fn take_out(monitor: &Monitor, filter: &str) -> Result<Option<String>, MonitorError> {
     let graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
     let below = child_of(&graph, filter, "file");
     let blocks = monitor.raw("query-block", json!({})).await?;
@@ -250,11 +340,7 @@ async fn remove_filter(monitor: &Monitor, filter: &str) -> Result<(), MonitorErr
             crate::fault::point("undo.out");
         }
     }
-    // The guest is free of the filter; only deleting it flushes.
-    if let Some(below) = &below {
-        sync_image(monitor, below).await;
-    }
-    monitor.raw("blockdev-del", json!({"node-name": filter})).await.map(drop)
+    Ok(below)
 }
 
 /// The full path of the object that owns a drive, from what `query-block` calls it.

@@ -20,11 +20,12 @@ use super::digests::Digests;
 use super::frame::{self, Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
 use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
-use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Taken, Waiting};
+use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
 use super::reader::{Frame, FrameReader};
 use super::tls::Connector;
 use super::writer::FrameWriter;
 use crate::extent::Extent;
+use crate::machine::Taken;
 
 /// Events that wait for the session's owner at most: 8 MiB of data.
 pub const EVENTS_WAITING: usize = 8;
@@ -394,6 +395,7 @@ fn name(reply: &Reply) -> &'static str {
         Reply::List { .. } => "a list",
         Reply::Disks { .. } => "disks",
         Reply::Status { .. } => "a status",
+        Reply::Doctor { .. } => "a doctor's checks",
         Reply::Estimate { .. } => "an estimate",
         Reply::Begun(_) => "a second begin",
         Reply::Waiting(_) => "a place in the queue",

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::digests::Digests;
 use super::frame::{MAX_ACK_EXTENTS, Place};
-use super::message::{Ack, Begin, Begun, Taken};
+use super::message::{Ack, Begin, Begun};
 use crate::extent::Extent;
 use crate::limits::{MAX_CHUNK_BYTES, MAX_DISK_BYTES, MAX_DISKS, MAX_NAME_BYTES, MIN_CHUNK_BYTES};
+use crate::machine::Taken;
 
 /// What was broken, in words to be read after "the peer broke the protocol:".
 pub type Breach = String;

@@ -14,7 +14,7 @@ use super::digests::{ChunkDigest, Digests};
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
 use crate::impact::DiskImpact;
-use crate::machine::{Disk, FoundDisk, Machine};
+use crate::machine::{Disk, FoundDisk, Machine, Taken};
 use crate::units::{CheckpointId, EpochId};
 
 /// What a client asks for.
@@ -32,6 +32,11 @@ pub enum Request {
     Status {
         /// Which VM; all when absent.
         vm: Option<String>,
+    },
+    /// What stands in the way of a good backup? Changes nothing.
+    Doctor {
+        /// Which VM.
+        vm: String,
     },
     /// What would this backup read? Changes nothing in the guest and takes no checkpoint.
     Estimate(Begin),
@@ -135,6 +140,11 @@ pub enum Reply {
     Status {
         /// One entry a VM.
         vms: Vec<VmStatus>,
+    },
+    /// To [`Request::Doctor`].
+    Doctor {
+        /// What was looked at.
+        checks: Vec<Check>,
     },
     /// To [`Request::Estimate`].
     Estimate {
@@ -263,6 +273,36 @@ pub struct TrackingStatus {
     pub last_end: Option<String>,
 }
 
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckVerdict {
+    /// As it should be.
+    Good,
+    /// It works, with a drawback.
+    Warn,
+    /// Backups fail.
+    Bad,
+}
+
+/// One check of a doctor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// How it came out.
+    pub verdict: CheckVerdict,
+    /// What was seen, and what to do.
+    pub words: String,
+}
+
+impl Check {
+    /// A check with its outcome.
+    pub fn new(name: &str, verdict: CheckVerdict, words: impl Into<String>) -> Self {
+        Self { name: name.to_owned(), verdict, words: words.into() }
+    }
+}
+
 /// What a backup would read of one disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimated {
@@ -274,27 +314,6 @@ pub struct Estimated {
     pub taken: Taken,
     /// Bytes that would be read.
     pub needed_bytes: u64,
-}
-
-/// How a disk is taken.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "taken", rename_all = "kebab-case")]
-pub enum Taken {
-    /// Whole, and why.
-    Full {
-        /// In a sentence.
-        reason: String,
-    },
-    /// What was written since a checkpoint.
-    Incremental {
-        /// The client's checkpoint.
-        since: CheckpointId,
-    },
-    /// All is read, and what differs from the client's digests is sent; and why.
-    Scan {
-        /// In a sentence.
-        reason: String,
-    },
 }
 
 /// The instant is behind us.

@@ -4,8 +4,8 @@
 use std::sync::Mutex;
 
 use bytes::Bytes;
-use livebackup::machine::{Disk, DiskKind, Machine};
-use livebackup::repo::point::{Grade, Level, PointDisk, PointTotals, Taken};
+use livebackup::machine::{Disk, DiskKind, Machine, Taken};
+use livebackup::repo::point::{Grade, Level, PointDisk, PointTotals};
 use livebackup::repo::{Image, Manifest, ReadOptions, RepoError, Repository, WriterOptions};
 use livebackup::units::{MIB, PointId};
 

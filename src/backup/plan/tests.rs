@@ -1,6 +1,6 @@
 use super::*;
-use crate::machine::{Disk, DiskKind, Machine};
-use crate::repo::point::{Grade, PointTotals, Taken};
+use crate::machine::{Disk, DiskKind, Machine, Taken};
+use crate::repo::point::{Grade, PointTotals};
 use crate::units::PointId;
 
 const CHUNK: u32 = 1 << 17;

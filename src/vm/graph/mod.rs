@@ -126,13 +126,28 @@ pub struct Answers {
     pub virtio: BTreeMap<String, String>,
 }
 
+/// Somebody else's work on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Foreign {
+    /// The disk.
+    pub disk: String,
+    /// What is there, for people.
+    pub words: String,
+}
+
+impl std::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "disk {}: {}", self.disk, self.words)
+    }
+}
+
 /// A machine's disks and its block graph at one time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Graph {
     /// Everything found that is or could be taken for a disk, in a stable order.
     pub disks: Vec<FoundDisk>,
-    /// What somebody else has put on a disk that a backup would collide with; empty is good. Sentences for people.
-    pub foreign: Vec<String>,
+    /// What somebody else has put on a disk that a backup would collide with; empty is good.
+    pub foreign: Vec<Foreign>,
     nodes: BTreeMap<String, Node>,
     edges: Vec<Edge>,
     /// Indices of the edges down from a node, and up from it.
@@ -257,7 +272,7 @@ impl Graph {
     }
 
     /// Filters of another owner, and jobs, on any disk that could be protected.
-    fn find_foreign(&self, jobs: &Value, owner_prefix: &str) -> Result<Vec<String>, GraphError> {
+    fn find_foreign(&self, jobs: &Value, owner_prefix: &str) -> Result<Vec<Foreign>, GraphError> {
         let mut kinds = BTreeMap::new();
         for job in item::Item::root("query-block-jobs", jobs).list(nodes::MAX_NODES)? {
             kinds.insert(job.member("device")?.text()?.to_owned(), job.member("type")?.text()?.to_owned());
@@ -267,6 +282,7 @@ impl Graph {
             if disk.node.is_empty() || matches!(verdict, crate::machine::Verdict::LeftOut(_)) {
                 continue;
             }
+            let foreign = |words: String| Foreign { disk: disk.name.clone(), words };
             let data = self.below(&disk.node, false);
             for name in self.above(&disk.node).into_iter().chain(data) {
                 if name.starts_with(owner_prefix) {
@@ -274,16 +290,16 @@ impl Graph {
                 }
                 let driver = self.nodes.get(name).map_or("", |n| n.driver.as_str());
                 if name.starts_with("livebackup-") {
-                    found.push(format!("disk {}: node {name:?} belongs to another livebackup", disk.name));
+                    found.push(foreign(format!("node {name:?} belongs to another livebackup")));
                 } else if matches!(driver, "copy-before-write" | "snapshot-access" | "backup-top") {
-                    found.push(format!("disk {}: another tool's {driver} node {name:?}", disk.name));
+                    found.push(foreign(format!("another tool's {driver} node {name:?}")));
                 }
             }
             let chain = self.below(&disk.node, true).into_iter().chain(self.above(&disk.node));
             let ids: BTreeSet<_> = chain.flat_map(|n| self.parents(n)).filter_map(|e| e.parent.job()).collect();
             for id in ids {
                 let kind = kinds.get(id).map_or("block", String::as_str);
-                found.push(format!("disk {}: a {kind} job {id:?} is running", disk.name));
+                found.push(foreign(format!("a {kind} job {id:?} is running")));
             }
         }
         Ok(found)
