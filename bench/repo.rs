@@ -9,40 +9,10 @@ use std::time::Instant;
 use bytes::Bytes;
 use livebackup::repo::{Compression, Image, ReadOptions, RepoError, Repository, WriterOptions};
 use livebackup::units::{GIB, KIB, MIB};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::resource::UsageWho;
 
-/// Processor seconds of this process so far: in it, and in the kernel for it.
-fn processor_seconds() -> (f64, f64) {
-    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("getrusage works");
-    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
-    (seconds(usage.user_time()), seconds(usage.system_time()))
-}
-
-fn peak_mib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("0 kB");
-    line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) / 1024
-}
-
-/// Fills with what compresses by about half: runs of records with a random key, counters and text, as a database page.
-fn fill(seed: u64, out: &mut [u8]) {
-    const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog; customer=";
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut at = 0;
-    while at < out.len() {
-        let mut record = [0u8; 96];
-        for word in record[..40].chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
-        record[40..94].copy_from_slice(TEXT);
-        let len = record.len().min(out.len() - at);
-        out[at..at + len].copy_from_slice(&record[..len]);
-        at += len;
-    }
-}
+mod common;
+use common::{fill, peak_mib, processor_seconds};
 
 struct Line {
     label: String,
@@ -75,9 +45,9 @@ fn stored(dir: &Path) -> u64 {
 }
 
 fn measure<T>(label: String, bytes: u64, dir: &Path, run: impl FnOnce() -> T) -> T {
-    let (before, processor, start) = (stored(dir), processor_seconds(), Instant::now());
+    let (before, processor, start) = (stored(dir), processor_seconds(UsageWho::RUSAGE_SELF), Instant::now());
     let result = run();
-    let (seconds, after) = (start.elapsed().as_secs_f64(), processor_seconds());
+    let (seconds, after) = (start.elapsed().as_secs_f64(), processor_seconds(UsageWho::RUSAGE_SELF));
     let processor = (after.0 - processor.0, after.1 - processor.1);
     Line { label, bytes, seconds, processor, stored: stored(dir) - before }.print();
     result
