@@ -175,6 +175,17 @@ impl Lines {
     }
 }
 
+/// What fuzzing runs: any bytes as what a monitor sends. Must neither panic nor hang, whatever they are.
+pub fn fuzz(bytes: &[u8]) {
+    let mut lines = Lines::new(4096);
+    for piece in bytes.chunks(1500) {
+        lines.push(piece);
+        while let Ok(Some(line)) = lines.next() {
+            let _ = Message::parse(line);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -40,5 +40,5 @@ pub use capability::{Capabilities, probe};
 pub use client::Monitor;
 pub use error::MonitorError;
 pub use machine::{machine, run_state};
-pub use message::{Event, Version};
+pub use message::{Event, Version, fuzz};
 pub use process::Process;

@@ -26,6 +26,7 @@ pub mod client;
 pub mod contract;
 pub mod digests;
 pub mod frame;
+pub mod fuzz;
 pub mod hello;
 pub mod link;
 pub mod message;
