@@ -20,10 +20,10 @@ pub fn frames(bytes: &[u8]) {
                     assert_eq!(place.extent.len_bytes as usize, payload.len() - DATA_HEAD_BYTES);
                 }
             }
-            Kind::Zero => {
+            Kind::Zero | Kind::Same => {
                 let _ = payload.first_chunk::<ZERO_BYTES>().map(Place::decode_zero);
             }
-            Kind::Alive => {}
+            Kind::Digests | Kind::Alive => {}
         }
         rest = next;
     }
