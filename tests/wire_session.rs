@@ -348,7 +348,6 @@ impl Raw {
             }
         }
     }
-
     /// The server says what was wrong, and closes.
     async fn is_turned_out(&mut self, words: &str) {
         let Reply::Failed(failure) = self.reply().await else { panic!("no failure") };
@@ -541,7 +540,6 @@ async fn noise_at_either_end_is_only_an_error() {
             }
         };
         bytes.extend((0..random() % 100).map(|_| random() as u8));
-
         let (mut near, far) = tokio::io::duplex(1 << 16);
         near.write_all(&bytes).await.unwrap();
         near.shutdown().await.unwrap();
@@ -555,7 +553,6 @@ async fn noise_at_either_end_is_only_an_error() {
         let _ = timeout(LONG, serving).await.expect("it ends");
         drop(to_test);
         kept.await.unwrap();
-
         let mut bytes = bytes_of(&[data(0, 0, 1), zero(0, 1, 1), data(1, 10, 1), Event::Sent]);
         let cut = random() as usize % bytes.len();
         bytes[cut] ^= 1 + (random() % 255) as u8;
