@@ -27,7 +27,7 @@ use crate::durable::{self, Replace};
 use crate::fault;
 use crate::units::MIB;
 
-/// Most merges at one seal, while a fleece is open: each takes some 20 ms for a disk of 1 TiB. A log that is further over
+/// Most merges at one seal, while a fleece is open: each reads two files and writes one, flushed. A log that is further over
 /// its limits comes back with the next seals.
 const MAX_MERGES: usize = 16;
 /// Most threads that read for one answer, and most memory that they take beside each other.
