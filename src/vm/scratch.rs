@@ -125,11 +125,14 @@ impl ScratchDir {
     }
 }
 
+/// By disk, our ends.
+type Files = Arc<Mutex<Vec<(usize, Arc<File>)>>>;
+
 /// The scratch of one session. Clones share its files.
 #[derive(Clone, Debug)]
 pub struct Scratch {
     dir: ScratchDir,
-    files: Arc<Mutex<Vec<(usize, Arc<File>)>>>,
+    files: Files,
 }
 
 impl Scratch {
