@@ -58,6 +58,10 @@ fn fifty_sources_leave_no_descriptor_mapping_thread_or_file() {
             assert!(VhostSource::connect_within(short, &fleece.socket(), size, fleece.rules()).is_err());
         }
         drop(first);
-        wait_until(&format!("everything to be as before: {before:?}"), || (counts(), leftovers()) == before);
+        // Less is well too: the first source's thread may have been on its way out when it was counted.
+        wait_until(&format!("no more to be there than before: {before:?}"), || {
+            let ((files, shared, threads), left) = (counts(), leftovers());
+            files <= before.0.0 && shared <= before.0.1 && threads <= before.0.2 && left <= before.1
+        });
     }
 }
