@@ -1,4 +1,5 @@
-//! Stored examples of `epoch.json`: what was written before there were stamps, and a closed epoch.
+//! Stored examples of `epoch.json`: what was written before there were stamps, a closed epoch, and one whose bitmap the image
+//! keeps.
 
 #![allow(clippy::unwrap_used)]
 
@@ -54,6 +55,18 @@ fn a_closed_epoch_opens_and_is_written_as_it_was() {
     // Another QEMU: what closed the one before says nothing of it.
     log.carry_epoch(epoch.qemu, "disk7", None).unwrap();
     assert_eq!(log.epoch().map(|e| (e.node.as_str(), &e.closed)), Some(("disk7", &None)));
+}
+
+#[test]
+fn an_epoch_whose_bitmap_is_kept_opens() {
+    let (mut log, dir) = opened("epoch-kept.json", |_| ());
+    assert!(log.epoch().unwrap().kept);
+    log.note_kept(false).unwrap();
+    assert!(!Log::open(dir.path()).unwrap().epoch().unwrap().kept);
+    let (mut old, dir) = opened("epoch-before-stamps.json", |_| ());
+    assert!(!old.epoch().unwrap().kept);
+    old.note_kept(true).unwrap();
+    assert!(Log::open(dir.path()).unwrap().epoch().unwrap().kept);
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! JSON = { "version": 1, "epoch": Epoch or null, "last_end": EpochEnd or null }
 //! ```
 //!
-//! `epoch.medium` and `epoch.closed` may be missing, as in files from before there were stamps.
+//! `epoch.medium`, `epoch.closed` and `epoch.kept` may be missing, as in files from before there were stamps, or persistent
+//! bitmaps.
 //!
 //! The file moves the log's head: a checkpoint counts once `epoch.last` names it. It is JSON for the operator's eyes, and
 //! has a checksum because a turned digit would be believed otherwise.
@@ -62,6 +63,9 @@ pub struct Epoch {
     /// That this QEMU ended with nothing unseen, and how the medium stood then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<Closed>,
+    /// Whether the image keeps the bitmap that records since the latest checkpoint, when QEMU ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
 }
 
 /// An epoch that ended.

@@ -153,6 +153,7 @@ impl Log {
             number,
             medium: start.medium,
             closed: None,
+            kept: false,
         };
         self.write_state(State { epoch: Some(epoch), last_end: self.ended(reason) })?;
         fault::point("epoch.begun");
@@ -213,6 +214,18 @@ impl Log {
         let mut state = self.state.clone();
         let Some(epoch) = &mut state.epoch else { return Ok(()) };
         epoch.closed = Some(closed);
+        self.write_state(state)
+    }
+
+    /// Notes durably whether the image keeps the bitmap that records now. No epoch running is no error.
+    ///
+    /// # Errors
+    /// When it cannot be made durable; the log is poisoned then.
+    pub fn note_kept(&mut self, kept: bool) -> Result<(), LogError> {
+        self.check_poison()?;
+        let mut state = self.state.clone();
+        let Some(epoch) = state.epoch.as_mut().filter(|e| e.kept != kept) else { return Ok(()) };
+        epoch.kept = kept;
         self.write_state(state)
     }
 

@@ -62,6 +62,26 @@ impl Medium {
     }
 }
 
+impl Medium {
+    /// Why this one, seen in another QEMU, is not the one image that it was, or stands on others; nothing where it is. Device
+    /// numbers, and all numbers of block devices, may change when the host starts anew (`same_boot` false).
+    pub fn is_another_image(&self, before: &Medium, same_boot: bool) -> Option<String> {
+        let ([now], [then]) = (&self.layers[..], &before.layers[..]) else {
+            return Some("the disk is, or was, put together from several files".to_owned());
+        };
+        let name = &now.filename;
+        if now.format != then.format || self.options != before.options {
+            return Some(format!("{name} is opened in another way than before"));
+        }
+        let same = match (now.file, then.file) {
+            (Some(now), Some(then)) if same_boot => now == then,
+            (Some(now), Some(then)) if now.dev != 0 && then.dev != 0 => now.inode == then.inode,
+            _ => true,
+        };
+        (!same).then(|| format!("{name} is another file than before: it was replaced, restored or copied"))
+    }
+}
+
 /// How one file stood.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStamp {
@@ -187,5 +207,28 @@ mod tests {
         assert!(other.difference(&medium(Some(1))).unwrap().contains("now has /b open and had /a"));
         other.layers.clear();
         assert!(other.difference(&medium(None)).is_some());
+    }
+
+    #[test]
+    fn an_image_is_the_same_by_its_inode() {
+        let medium = |dev, inode| {
+            let file = Some(FileNumbers { dev, inode });
+            let (format, protocol, filename) = ("qcow2".into(), "file".into(), "/a".into());
+            Medium { options: None, layers: vec![Layer { format, protocol, filename, file }] }
+        };
+        let same = |now: &Medium, then: &Medium, boot| now.is_another_image(then, boot).is_none();
+        assert!(same(&medium(1, 2), &medium(1, 2), true));
+        assert!(!same(&medium(3, 2), &medium(1, 2), true) && same(&medium(3, 2), &medium(1, 2), false));
+        for boot in [true, false] {
+            assert!(!same(&medium(1, 3), &medium(1, 2), boot), "{boot}");
+            // A block device may get another number at the host's start, and no other time.
+            assert_eq!(same(&medium(0, 3), &medium(0, 2), boot), !boot);
+            let mut two = medium(1, 2);
+            two.layers.push(two.layers[0].clone());
+            assert!(!same(&two, &two, boot), "a backing file has no bitmap");
+            let mut raw = medium(1, 2);
+            raw.layers[0].format = "raw".into();
+            assert!(!same(&raw, &medium(1, 2), boot));
+        }
     }
 }

@@ -22,7 +22,7 @@ use crate::machine::Taken;
 use crate::repo::Compression;
 use crate::repo::point::Level;
 use crate::units::human_bytes;
-use crate::vm::QuietOptions;
+use crate::vm::{QuietOptions, VmOptions};
 
 #[derive(Debug, Args)]
 pub struct BackupArgs {
@@ -42,6 +42,10 @@ pub struct BackupArgs {
     /// Do not wait for one's turn where another backup of the VM runs.
     #[arg(long)]
     no_wait: bool,
+    /// Have our bitmaps kept by those qcow2 images that can, so that incrementals go on after an orderly end of QEMU; see the
+    /// service's persistent_bitmaps.
+    #[arg(long)]
+    persistent_bitmaps: bool,
     #[command(flatten)]
     quiet: QuietArgs,
 }
@@ -188,10 +192,13 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     repository::check_order(&args.source.source, &args.repo)?;
     let repo = repository::open(&args.repo)?;
     let (quiet, hooks) = args.quiet.options()?;
-    let sidecar = open::open_with(context, &args.source, quiet.clone()).await?;
-    if args.quiet.is_local(&quiet) && sidecar.here().is_none() {
+    let local = args.quiet.is_local(&quiet) || args.persistent_bitmaps;
+    let own = context.vm_options(args.source.vm.clone());
+    let options = VmOptions { quiet, persistent_bitmaps: args.persistent_bitmaps, ..own };
+    let sidecar = open::open_with(context, &args.source, options).await?;
+    if local && sidecar.here().is_none() {
         return Err(exit::usage(
-            "--agent, --freeze-lease, holds and their hooks are for a VM that no server has: the server's configuration says them",
+            "--agent, --freeze-lease, --persistent-bitmaps, holds and their hooks are for a VM that no server has: the server's configuration says them",
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);

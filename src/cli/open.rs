@@ -6,20 +6,19 @@ use super::dial::dial;
 use super::exit;
 use super::source::{self, Source};
 use crate::backup::Sidecar;
-use crate::vm::{AttachError, QuietOptions, Vm, VmOptions};
+use crate::vm::{AttachError, Vm, VmOptions};
 use crate::wire::Address;
 use crate::wire::message::{Failure, FailureCode, Reply, Request};
 
 /// Opens the source.
 pub async fn open(context: &Context, args: &SourceArgs) -> anyhow::Result<Sidecar> {
-    open_with(context, args, QuietOptions::default()).await
+    open_with(context, args, context.vm_options(args.vm.clone())).await
 }
 
-/// Opens the source. `quiet` counts where this process attaches to the VM itself.
-pub async fn open_with(context: &Context, args: &SourceArgs, quiet: QuietOptions) -> anyhow::Result<Sidecar> {
+/// Opens the source. `options` count where this process attaches to the VM itself.
+pub async fn open_with(context: &Context, args: &SourceArgs, options: VmOptions) -> anyhow::Result<Sidecar> {
     match source::parse(&args.source)? {
         Source::Monitor(address) => {
-            let options = VmOptions { quiet, ..context.vm_options(args.vm.clone()) };
             let attached = Vm::attach(&address, options);
             match context.unless_interrupted(async { Ok::<_, anyhow::Error>(attached.await) }).await? {
                 Ok(vm) => Ok(Sidecar::Local(vm)),

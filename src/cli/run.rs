@@ -10,12 +10,17 @@ use super::context::Context;
 use super::exit::{self, Code};
 use super::output::Output;
 use crate::server::run as engine;
+use crate::vm::VmOptions;
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Name of the VM, when QEMU has neither -name nor a UUID, or another is wanted.
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
+    /// Have our bitmaps kept by those qcow2 images that can: incrementals then go on also where QEMU ends, in good order,
+    /// without us.
+    #[arg(long)]
+    persistent_bitmaps: bool,
     /// QEMU and its arguments.
     #[arg(last = true, required = true, value_name = "QEMU")]
     command: Vec<OsString>,
@@ -30,7 +35,8 @@ pub fn run(global: &Global, output: Output, args: RunArgs) -> anyhow::Result<Cod
         let Some((program, arguments)) = args.command.split_first() else {
             return Err(exit::usage("say which QEMU: livebackup run -- qemu-system-x86_64 …"));
         };
-        let status = engine::run(program, arguments, context.vm_options(args.vm)).await?;
+        let options = VmOptions { persistent_bitmaps: args.persistent_bitmaps, ..context.vm_options(args.vm) };
+        let status = engine::run(program, arguments, options).await?;
         Ok(Code::Passed(engine::exit_code(status)))
     });
     runtime.shutdown_background();

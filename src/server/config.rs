@@ -25,6 +25,7 @@
 //! freeze_lease_s = 10              # longest freeze; may be left out
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
+//! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
 //!
 //! [[vm.hold]]                      # a database to be held; see `hooks::config`
 //! profile = "postgresql"
@@ -36,6 +37,10 @@
 //!
 //! With `shutdown = "harvest"` QEMU waits, when the guest powers off, until its last bitmaps are taken, and is ended then:
 //! tracking goes on when the virtual machine is started again. With `"leave"` QEMU ends as without us.
+//!
+//! With `persistent_bitmaps = true` our bitmaps are stored in those qcow2 images that stand on their own (no backing file, no
+//! data file, `cache.no-flush` off): tracking goes on across any orderly end of QEMU, also one that nobody saw, and across a
+//! start of the host. `livebackup detach` takes them out of the images again.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -99,6 +104,8 @@ pub struct VmConfig {
     pub quiet: QuietOptions,
     /// What becomes of QEMU when the guest powers off.
     pub power_off: PowerOff,
+    /// Whether images keep our bitmaps.
+    pub persistent_bitmaps: bool,
 }
 
 #[derive(Deserialize)]
@@ -172,6 +179,8 @@ struct VmTable {
     freeze_mount_points: Vec<String>,
     shutdown: Option<String>,
     #[serde(default)]
+    persistent_bitmaps: bool,
+    #[serde(default)]
     hold: Vec<HoldTable>,
     #[serde(default)]
     hook: Vec<HookTable>,
@@ -196,7 +205,7 @@ impl VmTable {
             Some("harvest") => PowerOff::Harvest,
             Some(other) => return Err(format!("shutdown = {other:?}: write \"leave\" or \"harvest\"")),
         };
-        Ok(VmConfig { monitor, name: self.name, quiet, power_off })
+        Ok(VmConfig { monitor, name: self.name, quiet, power_off, persistent_bitmaps: self.persistent_bitmaps })
     }
 }
 
@@ -319,7 +328,8 @@ mod tests {
         assert_eq!(config.clients[0].may, [May::Backup]);
         assert_eq!(config.vms[0].power_off, PowerOff::Leave);
         let config = Config::parse(&format!("{good}shutdown = \"harvest\"\n")).unwrap();
-        assert_eq!(config.vms[0].power_off, PowerOff::Harvest);
+        assert_eq!((config.vms[0].power_off, config.vms[0].persistent_bitmaps), (PowerOff::Harvest, false));
+        assert!(Config::parse(&format!("{good}persistent_bitmaps = true\n")).unwrap().vms[0].persistent_bitmaps);
         let tables = "[[vm.hold]]\nprofile = \"redis\"\n[[vm.hook]]\nphase = \"session\"\npost = [\"/x\"]\n";
         let config = Config::parse(&format!("{good}{tables}")).unwrap();
         assert_eq!((config.vms[0].quiet.holds.len(), config.vms[0].quiet.hooks.len()), (1, 1));

@@ -75,7 +75,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             quiet: vm.quiet.clone(),
             served_at: served_at.clone(),
             power_off: vm.power_off,
-            persistent: base.persistent,
+            persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,
         };
         keepers.spawn(keep(service.clone(), vm.monitor.clone(), options, stop.clone()));
     }

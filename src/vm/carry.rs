@@ -26,7 +26,7 @@ use super::graph::Graph;
 use super::harvest::{self, Harvester};
 use super::medium::{self, OpenFiles, Subject};
 use super::tracking::{self, Bench};
-use super::{Vm, internal, qemu_failed};
+use super::{Vm, internal, persist, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium};
 use crate::extent::Extent;
 use crate::machine::{Disk, Verdict};
@@ -119,9 +119,10 @@ impl Vm {
         let name = names.since(epoch.last);
         let found = graph.bitmap(&disk.node, &name);
         let (Some(stamp), true) = (stamp, found.is_none_or(|b| !b.persistent && b.recording)) else {
-            let proof = tracking::judge(log, bench, disk, &Medium::default(), None)?;
             let medium = self.media(graph).await.remove(&disk.name);
+            let proof = tracking::judge(log, bench, disk, medium.as_ref().unwrap_or(&Medium::default()), None)?;
             log.carry_epoch(self.inner.qemu.clone(), &disk.node, medium).map_err(|e| words(&e))?;
+            log.note_kept(proof == Proof::Stored).map_err(|e| words(&e))?;
             return Ok(proof);
         };
         let added = found.is_none();
@@ -146,7 +147,10 @@ impl Vm {
             (Ok(proof), Ok(medium)) => {
                 let done = self.sentinel(i, disk, &with_bitmap, harvester).await.map_err(|e| e.message);
                 crate::fault::point("carry.sentinel");
-                let carry = |()| log.carry_epoch(self.inner.qemu.clone(), &disk.node, Some(medium));
+                let carry = |()| {
+                    log.carry_epoch(self.inner.qemu.clone(), &disk.node, Some(medium))?;
+                    log.note_kept(false)
+                };
                 done.and_then(|()| carry(()).map_err(|e| words(&e))).map(|()| proof)
             }
             (Err(doubt), _) | (_, Err(doubt)) => Err(doubt),
@@ -169,8 +173,9 @@ impl Vm {
         if tracking::has_sentinel(names, graph, &disk.node) {
             return Ok(());
         }
-        if graph.bitmap(&disk.node, &names.sentinel()).is_some() {
-            tracking::remove_bitmap(monitor, &disk.node, &names.sentinel()).await.map_err(qemu_failed)?;
+        let old = graph.bitmaps(&disk.node).iter().filter_map(|b| b.name.as_deref());
+        for name in old.filter(|name| names.is_sentinel(name)) {
+            tracking::remove_bitmap(monitor, &disk.node, name).await.map_err(qemu_failed)?;
         }
         let harvester = harvester.get_or_insert_with(|| Harvester::new(monitor.clone(), &self.inner.place.sockets));
         let node = names.helper(i);
@@ -180,7 +185,8 @@ impl Vm {
         let mut bit = Bitmap::new(disk.size_bytes);
         bit.set(Extent::between(last, disk.size_bytes));
         harvester.set_bits(&node, "last", &bit).await?;
-        tracking::set_sentinel(monitor, names, &disk.node, (&node, "last")).await
+        let keep = self.keeps(graph, disk);
+        tracking::set_sentinel(monitor, names, &disk.node, (&node, "last"), keep).await
     }
 
     /// Begins an epoch for every disk that can be tracked and is not. For a QEMU whose guest has not run yet.
@@ -201,9 +207,9 @@ impl Vm {
             log.end_epoch(&reason).map_err(internal)?;
             tracking::recover(monitor, names, &graph, &disk.node, &log).await.map_err(qemu_failed)?;
             let first = CheckpointId::random();
-            tracking::add_bitmap(monitor, &disk.node, &names.since(first), GRANULE_BYTES, false)
-                .await
-                .map_err(qemu_failed)?;
+            let keep = self.keeps(&graph, disk);
+            let kept = persist::add_recording(monitor, &disk.node, &names.since(first), keep).await;
+            let kept = kept.map_err(qemu_failed)?;
             let fresh = self.graph().await?;
             self.sentinel(i, disk, &fresh, &mut harvester).await?;
             let start = EpochStart {
@@ -216,6 +222,7 @@ impl Vm {
                 medium: media.get(&disk.name).cloned(),
             };
             log.begin_epoch(start, &reason).map_err(internal)?;
+            log.note_kept(kept).map_err(internal)?;
         }
         self.clean_up_now().await
     }

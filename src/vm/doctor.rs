@@ -1,7 +1,7 @@
 //! Doctor: what stands in the way of a good backup, and what to do about it.
 
 use super::scratch::ScratchDir;
-use super::{Vm, graph};
+use super::{Vm, graph, persist};
 use crate::machine::Verdict;
 use crate::monitor;
 use crate::units::human_bytes;
@@ -66,6 +66,12 @@ impl Vm {
                 }
                 (Verdict::Protectable, None) => Check::new(&name, Good, "can be backed up"),
             });
+            if self.inner.options.persistent_bitmaps && found.verdict == Verdict::Protectable && !found.disk.read_only {
+                checks.push(match persist::can_keep(graph, &found.disk) {
+                    Ok(()) => Check::new(&name, Good, "its image keeps our bitmaps when QEMU ends"),
+                    Err(why) => Check::new(&name, Warn, format!("does not keep our bitmaps: the image {why}")),
+                });
+            }
         }
         if graph.disks.is_empty() {
             checks.push(Check::new("disks", Bad, "the virtual machine has none"));

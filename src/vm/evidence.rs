@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`Proof::SameProcess`] | our bitmap is in this QEMU's memory, and every write passed it |
 //! | [`Proof::Stamp`] | the last QEMU's bitmap was sealed after its guest had stopped, and the medium stands as it stood when that QEMU had exited; a bitmap was added to this one before that was looked at |
-//! | [`Proof::Stored`] | the image itself carried our bitmap from one QEMU to the next (a persistent bitmap of qcow2, which QEMU calls inconsistent if it was not stored in good order) |
+//! | [`Proof::Stored`] | the image itself carried our bitmap from one QEMU to the next, see [`persist`](super::persist) |
 //!
 //! Anything else is a [`Doubt`]. The order in which doubts are looked for is the order in which they explain most.
 
@@ -39,6 +39,8 @@ pub struct Seen<'a> {
     pub bitmap: Recording,
     /// Whether the sentinel is there with its bit. Not asked of a QEMU that the epoch comes to by its stamp.
     pub sentinel: bool,
+    /// Why the image can keep no bitmap that is to be believed, if it cannot.
+    pub cannot_keep: Option<&'a str>,
     /// How the medium compares with the stamp, looked at after the bitmap was added; `None` where nobody looked.
     pub stamp: Option<&'a Result<(), String>>,
 }
@@ -85,6 +87,12 @@ pub enum Doubt {
     },
     /// The bitmap that the image keeps was not stored.
     Inconsistent,
+    /// The image was to keep our bitmap, and does not have it.
+    NotKept,
+    /// The image has our bitmap, which tells nothing of what is outside of it.
+    NotOnItsOwn(String),
+    /// The image that has our bitmap is another file.
+    AnotherImage(String),
     /// The host was started anew.
     HostStarted,
     /// Another QEMU, and the last one's end was not seen.
@@ -134,6 +142,12 @@ impl fmt::Display for Doubt {
             Doubt::Inconsistent => f.write_str(
                 "QEMU was killed or crashed before it stored our bitmap in the image, so what was written is unknown",
             ),
+            Doubt::NotKept => f.write_str(
+                "the image does not have our bitmap: QEMU was killed before it had stored it, the image was put back to an \
+                 older copy, or a program that knows no bitmaps wrote to it",
+            ),
+            Doubt::NotOnItsOwn(why) => write!(f, "our bitmap was in the image, and says nothing, since the image {why}"),
+            Doubt::AnotherImage(how) => write!(f, "our bitmap was in an image that need not be the one it was: {how}"),
             Doubt::HostStarted => f.write_str(
                 "the host was started anew since the last checkpoint, and what was written meanwhile is unknown",
             ),
@@ -203,9 +217,9 @@ pub fn decide(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
 /// The decision for another QEMU than the epoch's last.
 fn between_processes(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
     match seen.bitmap {
-        // The name holds the checkpoint's random id: an older or a foreign image has another bitmap, or none.
-        Recording::Stored => return if seen.sentinel { Ok(Proof::Stored) } else { Err(Doubt::Shrunk) },
+        Recording::Stored => return stored(epoch, seen),
         Recording::Inconsistent => return Err(Doubt::Inconsistent),
+        Recording::Missing if epoch.kept && epoch.closed.is_none() => return Err(Doubt::NotKept),
         _ => {}
     }
     if epoch.qemu.boot_id != seen.qemu.boot_id {
@@ -224,6 +238,24 @@ fn between_processes(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
     }
     recording(seen.bitmap)?;
     Ok(Proof::Stamp)
+}
+
+/// The decision for a bitmap that the image has kept. Its name, with the random id of the epoch's last checkpoint, is looked
+/// at already.
+fn stored(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
+    if let Some(why) = seen.cannot_keep {
+        return Err(Doubt::NotOnItsOwn(why.to_owned()));
+    }
+    let same_boot = epoch.qemu.boot_id == seen.qemu.boot_id;
+    let other = match &epoch.medium {
+        Some(then) => seen.medium.is_another_image(then, same_boot),
+        None => Some("which file it was then is not known".to_owned()),
+    };
+    match (other, seen.sentinel) {
+        (Some(how), _) => Err(Doubt::AnotherImage(how)),
+        (None, false) => Err(Doubt::Shrunk),
+        (None, true) => Ok(Proof::Stored),
+    }
 }
 
 fn recording(bitmap: Recording) -> Result<(), Doubt> {
@@ -263,6 +295,7 @@ mod tests {
             number: 3,
             medium: Some(medium(7)),
             closed: None,
+            kept: false,
         }
     }
 
@@ -286,17 +319,18 @@ mod tests {
             node in prop::sample::select(vec!["disk0", "overlay"]), size in prop::sample::select(vec![1u64 << 20, 1 << 21]),
             shared in prop::bool::weighted(0.2), sentinel in prop::bool::weighted(0.7),
             inode in prop::sample::select(vec![7, 7, 8]), bitmap in prop::sample::select(BITMAPS.to_vec()),
-            end in 0..3u8, compared in 0..3u8,
+            end in 0..3u8, compared in 0..3u8, keeps in prop::bool::weighted(0.8), kept: bool,
         ) {
             let qemu = instance(pid, &boot);
             let medium = medium(inode);
             let stamp = match compared { 0 => None, 1 => Some(Err("x".to_owned())), _ => Some(Ok(())) };
             let seen = Seen {
                 qemu: &qemu, run_state: state, node, size_bytes: size, shared: shared.then_some("x"), medium: &medium,
-                bitmap, sentinel, stamp: stamp.as_ref(),
+                bitmap, sentinel, cannot_keep: (!keeps).then_some("x"), stamp: stamp.as_ref(),
             };
             let mut epoch = epoch();
             epoch.closed = closed(end);
+            epoch.kept = kept;
             let fine = matches!(state, "running" | "paused" | "prelaunch" | "shutdown") && !shared && size == 1 << 20;
             let same = pid == 1 && boot == "a";
             let expected = if same {
@@ -304,7 +338,8 @@ mod tests {
                     && matches!(bitmap, Recording::Unbroken | Recording::Stored);
                 (fine && all).then_some(Proof::SameProcess)
             } else if bitmap == Recording::Stored {
-                (fine && sentinel).then_some(Proof::Stored)
+                let image = keeps && inode == 7;
+                (fine && sentinel && image).then_some(Proof::Stored)
             } else {
                 let all = boot == "a" && end == 2 && compared == 2 && bitmap == Recording::Unbroken;
                 (fine && all).then_some(Proof::Stamp)
@@ -332,6 +367,7 @@ mod tests {
             medium: &medium,
             bitmap: Recording::Unbroken,
             sentinel: true,
+            cannot_keep: None,
             stamp: None,
         };
         assert_eq!(decide(&Epoch { medium: None, ..epoch() }, &seen), Ok(Proof::SameProcess));

@@ -33,7 +33,7 @@ use super::quiet::Quiet;
 use super::scratch::Scratch;
 use super::tracking::{self, Plan, add_bitmap, merge};
 use super::undo::{self, Debt, Debts};
-use super::{internal, qemu_failed};
+use super::{internal, persist, qemu_failed};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::fault;
@@ -130,10 +130,11 @@ impl Fleece {
             }
         }
         for i in 0..self.disks.len() {
-            let disk = &self.disks[i];
-            let (monitor, names, node) = (&self.bench.monitor, &self.bench.names, &disk.plan.disk.node);
-            if let Some(next) = disk.plan.track.next() {
-                add_bitmap(monitor, node, &names.since(next), GRANULE_BYTES, false).await.map_err(qemu_failed)?;
+            let plan = &mut self.disks[i].plan;
+            let (monitor, names, node) = (&self.bench.monitor, &self.bench.names, &plan.disk.node);
+            if let Some(next) = plan.track.next() {
+                let added = persist::add_recording(monitor, node, &names.since(next), plan.keep).await;
+                plan.keep = added.map_err(qemu_failed)?;
                 fault::point("fleece.bitmap");
             }
         }
@@ -169,7 +170,7 @@ impl Fleece {
         let disk = &self.disks[i];
         let node = names.helper(i);
         harvest::add_helper_node(monitor, &node, disk.plan.disk.size_bytes).await.map_err(qemu_failed)?;
-        let sentinel = matches!(disk.plan.track, tracking::Track::Begin { .. });
+        let (sentinel, keep) = (disk.plan.needs_sentinel && disk.plan.track.next().is_some(), disk.plan.keep);
         let mut sealed = disk.plan.sealed.clone();
         if let Some(sealed) = &mut sealed {
             disk.plan.audited(self.chunk_bytes).for_each(|(chunk, _)| sealed.set(chunk));
@@ -191,8 +192,8 @@ impl Fleece {
             let mut bit = Bitmap::new(disk.size_bytes);
             bit.set(Extent::between(last, disk.size_bytes));
             self.harvester.set_bits(&node, "last", &bit).await?;
-            tracking::set_sentinel(&self.bench.monitor, &self.bench.names, &disk.node, (&node, "last")).await?;
-            // `need` may have the bit too now; a new epoch's disk is read whole, so it is not used.
+            tracking::set_sentinel(&self.bench.monitor, &self.bench.names, &disk.node, (&node, "last"), keep).await?;
+            // `need` may have the bit too now, which costs one chunk that is copied and not read.
         }
         Ok(())
     }
@@ -372,6 +373,10 @@ impl Fleece {
     /// Removes the old bitmap of a disk from QEMU: the log has it.
     pub async fn forget_old(&self, i: usize) -> Result<(), Failure> {
         if let Some((_, node, name)) = self.old_bitmaps().find(|(index, _, _)| *index == i) {
+            if self.disks[i].plan.keep {
+                // Taking it out of the image flushes with QEMU's main loop held.
+                undo::sync_image(&self.bench.monitor, &node).await;
+            }
             tracking::remove_bitmap(&self.bench.monitor, &node, &name).await.map_err(qemu_failed)?;
         }
         fault::point("fleece.forgotten");

@@ -10,7 +10,7 @@
 //!
 //! Between sessions the VM is tended (`power`): a guest's power-off is noticed, and what its QEMU knows is taken in time.
 //! Tracking that a predecessor of this QEMU left is carried over at attach (`carry`) where there is proof
-//! ([`evidence`], [`medium`]).
+//! ([`evidence`], [`medium`], [`persist`]).
 //!
 //! One session at a time. It is a task of its own: dropping the client's end ends it, and whatever happens, it takes
 //! everything of ours out of QEMU again except the bitmaps that record for the next backup.
@@ -45,6 +45,7 @@ pub mod harvest;
 pub mod medium;
 pub mod meter;
 pub mod names;
+pub mod persist;
 pub mod place;
 mod power;
 pub mod quiet;
@@ -99,8 +100,8 @@ pub struct VmOptions {
     pub served_at: Option<WireAddress>,
     /// What becomes of QEMU when the guest powers off.
     pub power_off: PowerOff,
-    /// Whether images that can are to keep our bitmaps from one QEMU to the next.
-    pub persistent: bool,
+    /// Whether images that can are to keep our bitmaps from one QEMU to the next, see [`persist`].
+    pub persistent_bitmaps: bool,
 }
 
 /// Why a VM cannot be attached.
@@ -266,6 +267,11 @@ impl Vm {
         *self.inner.doubts.lock().unwrap_or_else(PoisonError::into_inner) = doubts;
     }
 
+    /// Whether the bitmaps of a disk are to be kept by its image.
+    fn keeps(&self, graph: &Graph, disk: &Disk) -> bool {
+        self.inner.options.persistent_bitmaps && persist::can_keep(graph, disk).is_ok()
+    }
+
     /// Whether a disk's epoch goes on in this QEMU, and why not.
     fn verdict(&self, log: &Log, bench: Bench<'_>, disk: &Disk, medium: &Medium) -> Result<(), String> {
         match tracking::judge(log, bench, disk, medium, None) {
@@ -296,6 +302,9 @@ impl Vm {
             };
             let mut plan = tracking::plan(disk, log, verdict, &wish);
             plan.medium = Some(medium);
+            plan.keep = self.keeps(graph, &plan.disk);
+            plan.needs_sentinel =
+                plan.needs_sentinel || plan.keep && !tracking::has_kept_sentinel(self.names(), graph, &plan.disk);
             plans.push((plan, reason));
         }
         if begin.incremental_only {

@@ -69,6 +69,16 @@ impl Names {
         format!("{}sentinel", self.prefix)
     }
 
+    /// The same, kept by the image. A name of its own: it is there before the other goes.
+    pub fn kept_sentinel(&self) -> String {
+        format!("{}kept-sentinel", self.prefix)
+    }
+
+    /// Whether a bitmap is a sentinel of ours.
+    pub fn is_sentinel(&self, bitmap: &str) -> bool {
+        bitmap == self.sentinel() || bitmap == self.kept_sentinel()
+    }
+
     /// Whether a name is ours.
     pub fn is_ours(&self, name: &str) -> bool {
         name.starts_with(&self.prefix)

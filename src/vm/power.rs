@@ -33,7 +33,7 @@ use super::harvest::{self, Harvester};
 use super::medium::{self, HeldMedium, Subject};
 use super::tracking::{self, Bench};
 use super::undo::{self, Debt, Debts};
-use super::{Vm, carry, fleece, internal, qemu_failed};
+use super::{Vm, carry, fleece, internal, persist, qemu_failed};
 use crate::checkpoint::{Closed, Log, Sealed};
 use crate::monitor::{self, Event, Process};
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
@@ -100,6 +100,8 @@ struct Leaving {
     log: Log,
     old: CheckpointId,
     next: CheckpointId,
+    /// Whether the image keeps the bitmap.
+    kept: bool,
     subject: Subject,
 }
 
@@ -306,7 +308,7 @@ impl Vm {
         // Between the two bitmaps nothing is lost, and nothing is written: the guest stands still.
         let actions = leaving.iter().map(|d| {
             let name = self.names().since(d.next);
-            json!({"type": "block-dirty-bitmap-add", "data": {"node": d.node, "name": name, "granularity": GRANULE_BYTES}})
+            json!({"type": "block-dirty-bitmap-add", "data": persist::bitmap(&d.node, &name, d.kept)})
         });
         let disable = leaving.iter().map(|d| {
             let name = self.names().since(d.old);
@@ -364,7 +366,9 @@ impl Vm {
                 continue;
             }
             tracking::recover(monitor, names, &graph, &disk.node, &log).await.map_err(qemu_failed)?;
+            let kept = graph.bitmap(&disk.node, &names.since(old)).is_some_and(|b| b.persistent);
             found.push(Leaving {
+                kept,
                 index,
                 dir,
                 node: disk.node.clone(),
@@ -418,10 +422,10 @@ impl Vm {
         }
         crate::fault::point("power.ended");
         let (logs, qemu, why) = (self.inner.place.disks.clone(), qemu.clone(), why.to_owned());
-        let (name, keeps) = (self.inner.name.clone(), self.inner.options.persistent);
+        let name = self.inner.name.clone();
         let closing = move || {
             for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
-                let result = close_log(&entry.path(), &qemu, disks.get(&entry.path()), &why, keeps);
+                let result = close_log(&entry.path(), &qemu, disks.get(&entry.path()), &why);
                 if let Err(error) = result {
                     tracing::error!(vm = name, "the end of tracking could not be written down: {error}");
                 }
@@ -432,13 +436,12 @@ impl Vm {
     }
 }
 
-/// Writes down how the tracking of one disk ended. `keeps`: the image may hold our bitmap, which decides then.
+/// Writes down how the tracking of one disk ended. Where the image keeps our bitmap, that decides.
 fn close_log(
     dir: &std::path::Path,
     qemu: &crate::checkpoint::QemuInstance,
     taken: Option<&TakenDisk>,
     why: &str,
-    keeps: bool,
 ) -> Result<(), crate::checkpoint::LogError> {
     let mut log = Log::open(dir)?;
     let Some(epoch) = log.epoch().filter(|e| e.qemu == *qemu && e.closed.is_none()) else { return Ok(()) };
@@ -451,7 +454,7 @@ fn close_log(
             };
             log.close_epoch(Closed { time: Timestamp::now(), stamp, no_stamp })
         }
-        None if keeps => Ok(()),
+        None if epoch.kept => Ok(()),
         None => log.end_epoch(why),
     }
 }

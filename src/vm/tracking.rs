@@ -21,15 +21,15 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::evidence::{self, Proof, Recording, Seen};
-use super::graph::Graph;
+use super::graph::{self, Graph};
 use super::names::Names;
-use super::{internal, qemu_failed};
+use super::{internal, persist, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
 use crate::extent::Extent;
 use crate::machine::{Disk, Taken};
 use crate::monitor::{Monitor, MonitorError};
 use crate::repo::layout::directory_of_vm;
-use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
+use crate::units::{CheckpointId, EpochId};
 use crate::wire::contract::AUDIT_FLOOR_CHUNKS;
 use crate::wire::digests::ChunkDigest;
 use crate::wire::message::{AuditChunk, Begin, Failure};
@@ -81,26 +81,34 @@ pub fn open_log(disks: &Path, disk: &str) -> Result<Log, Failure> {
     Log::open(&log_dir(disks, disk)?).map_err(internal)
 }
 
-/// State of the bitmap that records since the log's last checkpoint.
+/// State of the bitmap that records since the log's last checkpoint. Where a sidecar died between two checkpoints, the image
+/// must have kept both.
 pub fn recording(log: &Log, names: &Names, graph: &Graph, node: &str) -> Recording {
     let Some(last) = log.last() else { return Recording::Missing };
-    let younger = || {
-        let ours = graph.bitmaps(node).iter().filter(|b| b.recording);
+    let younger = |kept: bool| {
+        let ours = graph.bitmaps(node).iter().filter(|b| b.recording && (b.persistent || !kept));
         let mut ids = ours.filter_map(|b| names.checkpoint_of(b.name.as_deref()?));
         ids.any(|id| id != last && !log.checkpoints().iter().any(|h| h.id == id))
     };
     match graph.bitmap(node, &names.since(last)) {
         None => Recording::Missing,
         Some(b) if b.inconsistent => Recording::Inconsistent,
-        Some(b) if b.recording && b.persistent => Recording::Stored,
-        Some(b) if b.recording || younger() => Recording::Unbroken,
+        Some(b) if b.persistent && (b.recording || younger(true)) => Recording::Stored,
+        Some(b) if b.recording || younger(false) => Recording::Unbroken,
         Some(_) => Recording::Stopped,
     }
 }
 
-/// Whether the sentinel is there with its bit.
+/// Whether a sentinel is there, and each that is there has its bit.
 pub fn has_sentinel(names: &Names, graph: &Graph, node: &str) -> bool {
-    graph.bitmap(node, &names.sentinel()).is_some_and(|b| !b.recording && !b.inconsistent && b.count_bytes > 0)
+    let good = |b: &graph::Bitmap| !b.recording && !b.inconsistent && b.count_bytes > 0;
+    let mut found = graph.bitmaps(node).iter().filter(|b| b.name.as_deref().is_some_and(|n| names.is_sentinel(n)));
+    found.clone().next().is_some() && found.all(good)
+}
+
+/// Whether the image keeps a sentinel of the disk.
+pub fn has_kept_sentinel(names: &Names, graph: &Graph, disk: &Disk) -> bool {
+    graph.bitmap(&disk.node, &names.kept_sentinel()).is_some()
 }
 
 /// Where a disk is judged.
@@ -132,6 +140,7 @@ pub fn judge(
             None => "the disk was not tracked before".into(),
         });
     };
+    let cannot_keep = persist::can_keep(graph, disk).err();
     let seen = Seen {
         qemu,
         run_state,
@@ -141,6 +150,7 @@ pub fn judge(
         medium,
         bitmap: recording(log, names, graph, &disk.node),
         sentinel: has_sentinel(names, graph, &disk.node),
+        cannot_keep: cannot_keep.as_deref(),
         stamp,
     };
     evidence::decide(epoch, &seen).map_err(|doubt| doubt.to_string())
@@ -160,7 +170,7 @@ pub async fn recover(
         let Some(name) = bitmap.name.as_deref().filter(|n| names.is_ours(n)) else { continue };
         let id = names.checkpoint_of(name);
         match head {
-            Some(head) if id == Some(head) || (id.is_none() && name == names.sentinel()) => {}
+            Some(head) if id == Some(head) || (id.is_none() && names.is_sentinel(name)) => {}
             // Younger than the head and never sealed: what it recorded belongs to the head's. The head records again
             // before the other stops, all at once.
             Some(head) if id.is_some_and(|id| !log.checkpoints().iter().any(|h| h.id == id)) => {
@@ -225,6 +235,10 @@ pub struct Plan {
     pub medium: Option<Medium>,
     /// Chunks to be confirmed by the way.
     pub audit: Vec<AuditChunk>,
+    /// Whether the image is to keep the next checkpoint's bitmap.
+    pub keep: bool,
+    /// Whether a sentinel is to be set: the disk has none, or none that is kept.
+    pub needs_sentinel: bool,
 }
 
 impl Plan {
@@ -292,7 +306,8 @@ pub fn plan(disk: Disk, log: Log, verdict: Result<(), String>, wish: &Wish<'_>) 
         (Some(head), Ok(())) => Track::Continue { head, next },
         _ => Track::Begin { next },
     };
-    Plan { disk, log, taken, sealed, track, medium: None, audit: vec![] }
+    let needs_sentinel = matches!(track, Track::Begin { .. });
+    Plan { disk, log, taken, sealed, track, medium: None, audit: vec![], keep: false, needs_sentinel }
 }
 
 /// Makes the log follow what was done at the instant: seals, or begins an epoch. Blocks on files.
@@ -323,13 +338,39 @@ pub fn settle(
             plan.log.begin_epoch(start, reason).map_err(internal)?;
         }
     }
+    plan.log.note_kept(plan.keep).map_err(internal)?;
     Ok(plan.log.epoch().map(|e| e.id))
 }
 
 /// Adds the sentinel: a disabled bitmap with the bit of the last granule, which a shrink cuts off. `helper` is a node of
-/// the disk's size with a bitmap that has just that bit.
-pub async fn set_sentinel(monitor: &Monitor, names: &Names, node: &str, source: (&str, &str)) -> Result<(), Failure> {
-    let name = names.sentinel();
-    add_bitmap(monitor, node, &name, GRANULE_BYTES, true).await.map_err(qemu_failed)?;
-    merge(monitor, (node, &name), &[source]).await.map_err(qemu_failed)
+/// the disk's size with a bitmap that has just that bit. Where `keep` says so and the image can, the image keeps it; one that
+/// it does not keep goes then.
+pub async fn set_sentinel(
+    monitor: &Monitor,
+    names: &Names,
+    node: &str,
+    source: (&str, &str),
+    keep: bool,
+) -> Result<(), Failure> {
+    let (plain, kept) = (names.sentinel(), names.kept_sentinel());
+    if keep && is_added(monitor, node, &kept, true).await? {
+        merge(monitor, (node, &kept), &[source]).await.map_err(qemu_failed)?;
+        let gone = monitor.raw("block-dirty-bitmap-remove", json!({"node": node, "name": plain})).await;
+        return gone.map(drop).or_else(|e| e.refusal().map(drop).ok_or(e)).map_err(qemu_failed);
+    }
+    // One that is there already was looked at.
+    match is_added(monitor, node, &plain, false).await? {
+        true => merge(monitor, (node, &plain), &[source]).await.map_err(qemu_failed),
+        false => Ok(()),
+    }
+}
+
+/// Adds a disabled bitmap; false if QEMU refuses.
+async fn is_added(monitor: &Monitor, node: &str, name: &str, keep: bool) -> Result<bool, Failure> {
+    let mut arguments = persist::bitmap(node, name, keep);
+    arguments["disabled"] = json!(true);
+    match monitor.raw("block-dirty-bitmap-add", arguments).await {
+        Err(e) if e.refusal().is_some() => Ok(false),
+        added => added.map(|_| true).map_err(qemu_failed),
+    }
 }

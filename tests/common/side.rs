@@ -155,8 +155,13 @@ impl Side {
 
     /// A backup at this level; the newest point is then held against the model.
     pub fn backup(&mut self, level: &str) -> Value {
+        self.backup_with(level, &[])
+    }
+
+    /// As [`Side::backup`], with further options.
+    pub fn backup_with(&mut self, level: &str, options: &[&str]) -> Value {
         let (source, repo) = (self.source(), self.repo());
-        let args = ["backup", &source, repo.to_str().unwrap(), "--level", level];
+        let args = [&["backup", &source, repo.to_str().unwrap(), "--level", level], options].concat();
         let mut out = None;
         // The service may be at work on a power-off: "try again later" is what it says then.
         wait_until("the machine to be free", || {
