@@ -133,7 +133,7 @@ fn sidecar(len: usize) -> Session {
         }
         let _ = tokio::time::timeout(Duration::from_secs(60), async { while acked.recv().await.is_some() {} }).await;
     });
-    Session { begun: begun(), events, acks, digests: None }
+    Session { begun: begun(), events, acks, digests: None, lasting: None }
 }
 
 fn begun() -> Begun {

@@ -112,6 +112,8 @@ id! {
     OwnerId,
     /// Names a pack file of a repository.
     PackId,
+    /// Names a session, to who began it.
+    SessionId,
 }
 
 /// A byte count for people: `17 B`, `1.5 GiB`.

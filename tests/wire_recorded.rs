@@ -98,7 +98,7 @@ async fn todays_server_understands_the_first_client() {
                             }
                             drop(near);
                         });
-                        Ok(Answer::Session(Session { begun, events, acks, digests: None }))
+                        Ok(Answer::Session(Session { begun, events, acks, digests: None, lasting: None }))
                     }
                     other => panic!("{other:?}"),
                 }

@@ -86,7 +86,7 @@ async fn session() -> (Session, Sidecar, tokio::task::JoinHandle<Result<(), Fail
                 let (acks, acked) = mpsc::unbounded_channel();
                 let (digests, given) = mpsc::channel(1);
                 to_test.send(Sidecar { events: events_to, acks: acked, digests: given }).await.unwrap();
-                Ok(Answer::Session(Session { begun: begun(), events, acks, digests: Some(digests) }))
+                Ok(Answer::Session(Session { begun: begun(), events, acks, digests: Some(digests), lasting: None }))
             }
         };
         serve_connection(stream, Timing::default(), handle).await

@@ -124,7 +124,7 @@ async fn handle(
             let (events_to, events) = mpsc::channel(2);
             let (acks, acked) = mpsc::unbounded_channel();
             to_test.send(Sidecar { events: events_to, acks: acked }).await.unwrap();
-            Ok(Answer::Session(Session { begun: begun(&SIZES), events, acks, digests: None }))
+            Ok(Answer::Session(Session { begun: begun(&SIZES), events, acks, digests: None, lasting: None }))
         }
         Request::Status { .. } => {
             let _counts = CountsDrops(dropped);

@@ -16,12 +16,15 @@
 //! * **Never hope.** Where a disk's tracking was broken and an earlier point has it, the digests of that are given to the
 //!   sidecar, and what differs comes back. When an [audit](audit) finds tracking wrong, the points that rest on it are marked,
 //!   and the backup starts over at once, with a scan of that disk.
+//! * **A lost connection** is the wire's business, as long as the sidecar holds the session ([`resume`](crate::wire::resume)).
+//!   Once it is gone, all begins anew, with another instant: what has been stored need not be stored again. Not for ever.
 //! * **Memory** is what the writer has in flight, and a few events.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::fault;
 use crate::grade::Policy;
@@ -29,6 +32,7 @@ use crate::hooks::program::{self, About, Hook, Phase};
 use crate::repo::point::Manifest;
 use crate::repo::{Compression, Repository};
 use crate::wire::message::{Begin, Estimated, Failure, FailureCode};
+use crate::wire::resume::{Lasting, Token};
 
 pub mod audit;
 mod error;
@@ -43,6 +47,11 @@ pub use error::BackupError;
 pub use plan::{LevelChoice, Plan};
 pub use report::{DiskReport, Durations, Progress, Report};
 pub use sidecar::{Again, Sidecar};
+
+/// How often a backup is begun anew after its session was lost for good.
+const MAX_NEW_STARTS: usize = 2;
+/// How long a sidecar may take to hear that its session is given up.
+const LEAVES_WITHIN: Duration = Duration::from_secs(3);
 
 /// What kind of backup, of what, stored how.
 #[derive(Clone, Debug)]
@@ -123,6 +132,7 @@ async fn choose(
         freeze: options.freeze,
         digests: plan.scans.keys().cloned().collect(),
         audit: None,
+        resume: None,
     };
     Ok((plan, begin))
 }
@@ -159,6 +169,22 @@ pub async fn run(
         Ok(()) => store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await,
         Err(why) => Err(Failed { error: Failure::new(FailureCode::Refused, why).into(), plan: None }),
     };
+    let mut told = vec![];
+    while let (Err(Failed { error: BackupError::Sidecar(failure), .. }), true) = (&stored, told.len() < MAX_NEW_STARTS)
+        && failure.code == FailureCode::SessionGone
+        && let Some(again) = again.clone()
+    {
+        let warning = format!("{failure}; the backup was begun anew, with another instant");
+        tracing::warn!(%vm, "{warning}");
+        told.push(warning);
+        stored = match stoppable(&mut interrupted, async { Ok(again.open().await?) }).await {
+            Ok(sidecar) => store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await,
+            Err(error) => Err(error.into()),
+        };
+    }
+    if let Ok(stored) = &mut stored {
+        stored.warnings.append(&mut told);
+    }
     if let Err(Failed { error: BackupError::Sidecar(failure), plan: Some(plan) }) = &mut stored
         && failure.code == FailureCode::AuditMismatch
         // Who was not asked for an audit has none to tell of.
@@ -279,8 +305,9 @@ async fn store(
     let (audit, wish) = stoppable(interrupted, picking).await?;
     begin.audit = audit;
     let here = sidecar.here().is_some();
+    begin.resume = (!here).then(Token::random);
     let beginning = async { Ok(sidecar.begin(begin).await?) };
-    let session = match here {
+    let mut session = match here {
         // Never given up half-way, with the guest stopped; it takes a moment.
         true => beginning.await?,
         false => stoppable(interrupted, beginning).await?,
@@ -289,8 +316,16 @@ async fn store(
     let prepared = clock.elapsed();
     let chunk_bytes = repo.config().chunk_bytes;
     let plan = wish.plan.clone();
+    let over = match &mut session.lasting {
+        Some(Lasting::Client { over, .. }) => over.take(),
+        _ => None,
+    };
     let storing = transfer::run(session, writer, wish, chunk_bytes, here, progress);
     let stored = stoppable(interrupted, storing).await;
+    if let (Err(_), Some(over)) = (&stored, over) {
+        // The sidecar hears that nobody will come back, and need not hold the fleece.
+        let _ = timeout(LEAVES_WITHIN, over).await;
+    }
     let mut stored = stored.map_err(|error| Failed { error, plan: Some(plan) })?;
     fault::point("backup.stored");
     stored.head = transfer::Head { vm, started, level: options.level, prepared, clock };

@@ -19,7 +19,7 @@ fn odd(request: &str) -> Failure {
 }
 
 /// How to come back to a sidecar whose connection a session has used up.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Again {
     /// This process has the VM.
     Local(Vm),

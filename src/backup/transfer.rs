@@ -4,6 +4,7 @@
 //! from. They are durable, and acknowledged at once.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -25,6 +26,7 @@ use crate::units::human_bytes;
 use crate::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use crate::wire::frame::MAX_ACK_EXTENTS;
 use crate::wire::message::{Ack, Begun, Event, Failure, Session, Totals};
+use crate::wire::resume::{Again, Lasting};
 
 /// What the manifest says about the run itself.
 #[derive(Debug)]
@@ -105,17 +107,21 @@ pub async fn run(
 ) -> Result<Stored, BackupError> {
     let clock = Instant::now();
     let Wish { plan, picked } = wish;
-    let Session { begun, mut events, acks, digests } = session;
+    let Session { begun, mut events, acks, digests, lasting } = session;
+    let again = match lasting {
+        Some(Lasting::Client { again, .. }) => Some(again),
+        _ => None,
+    };
     let durable = writer.0.as_mut().and_then(Writer::take_durable).ok_or(BackupError::Panicked)?;
     let compared = add_disks(writer.get()?, &begun, &plan, &picked, chunk_bytes)?;
     let disks = begun.disks.len();
+    let reader = Arc::new(writer.get()?.reader());
 
     let work = async {
         let data = receive(&mut events, writer.get()?, &acks, &begun, &compared, progress);
-        let giving = give(digests, writer.get()?.reader(), &compared);
         let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
-        let ((received, same), (files, warnings), ()) = tokio::try_join!(data, kept, giving)?;
+        let ((received, same), (files, warnings)) = tokio::try_join!(data, kept)?;
         fault::point("backup.sent");
         let transfer = clock.elapsed();
         // The rest is stored while the sidecar closes the fleece.
@@ -126,6 +132,7 @@ pub async fn run(
     let (received, same, files, warnings, finished, totals, transfer, store) = tokio::select! {
         done = work => done,
         () = acknowledge(durable, &acks, disks) => Err(BackupError::Panicked),
+        failed = give_always(digests, again, reader, &compared) => Err(failed),
     }?;
     let head = Head::default();
     Ok(Stored { head, begun, received, same, picked, plan, finished, files, totals, warnings, transfer, store })
@@ -198,9 +205,39 @@ fn add_disks(
     Ok(compared)
 }
 
-/// Gives the digests of all disks that are scanned, as fast as they are taken.
-async fn give(digests: Option<Sender<Digests>>, reader: Reader, compared: &[Compared]) -> Result<(), BackupError> {
-    let Some(digests) = digests else { return Ok(()) };
+/// Gives the digests of all disks that are scanned, and once more whenever a connection was lost. Never returns but with
+/// an error.
+async fn give_always(
+    digests: Option<Sender<Digests>>,
+    again: Option<Receiver<Again>>,
+    reader: Arc<Reader>,
+    compared: &[Compared],
+) -> BackupError {
+    let mut next = digests.map(|digests| Again { have: vec![], digests });
+    let mut again = again;
+    loop {
+        if let Some(Again { have, digests }) = next
+            && let Err(error) = give(digests, have, reader.clone(), compared).await
+        {
+            return error;
+        }
+        next = match &mut again {
+            Some(again) => again.recv().await,
+            None => None,
+        };
+        if next.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Gives the digests of all disks that are scanned, as fast as they are taken, but for what lies before `have`.
+async fn give(
+    digests: Sender<Digests>,
+    have: Vec<u64>,
+    reader: Arc<Reader>,
+    compared: &[Compared],
+) -> Result<(), BackupError> {
     let scans = compared.iter().enumerate().filter_map(|(index, one)| match one {
         Compared::All(offer, image) => Some((index as u16, offer.clone(), *image)),
         _ => None,
@@ -214,8 +251,10 @@ async fn give(digests: Option<Sender<Digests>>, reader: Reader, compared: &[Comp
             let send = |first_chunk, known: Vec<_>| {
                 digests.blocking_send(Digests { disk, first_chunk, digests: known }).is_ok()
             };
+            let have_chunks = have.get(usize::from(disk)).copied().unwrap_or(0).div_ceil(image.chunk_bytes.into());
             offer.give(&reader, image, MAX_DIGESTS, |batch| {
-                send(batch.first_chunk, batch.known.into_iter().map(known).collect())
+                batch.first_chunk + batch.known.len() as u64 <= have_chunks
+                    || send(batch.first_chunk, batch.known.into_iter().map(known).collect())
             })?;
             send(image.chunks(), Vec::new());
             if offer.unknown_bytes() > 0 {

@@ -87,6 +87,9 @@ impl fmt::Display for StatusReport<'_> {
                     human_bytes(rate),
                     human_bytes(session.scratch_bytes)
                 )?;
+                if let Some(since) = session.lost {
+                    writeln!(f, "its client is lost since {since:.0}; it is held for it to come back")?;
+                }
             }
         }
         for waiting in &status.queue {
@@ -221,6 +224,7 @@ mod tests {
             scratch_bytes: 0,
             running_ms,
             client: None,
+            lost: None,
             impact: vec![],
         };
         assert_eq!(rate(&session(5000, 1000), None), 5000);

@@ -55,12 +55,19 @@ impl Offer {
         let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
         match unknown.last_mut() {
             Some(last) if last.end() == extent.offset_bytes => last.len_bytes += extent.len_bytes,
+            Some(last) if last.end() > extent.offset_bytes => {
+                // Given once more: most is known to be unknown.
+                let next = unknown.partition_point(|one| one.end() <= extent.offset_bytes);
+                if unknown.get(next).is_none_or(|one| one.offset_bytes >= extent.end()) {
+                    unknown.insert(next, extent);
+                }
+            }
             _ => unknown.push(extent),
         }
     }
 
     /// Gives all that is known, in batches of up to `most` chunks, in order; what lies between batches is zero. Ends early
-    /// when `give` says no. `reader` is one with a writer's index. Blocks.
+    /// when `give` says no. May be called again. `reader` is one with a writer's index. Blocks.
     ///
     /// # Errors
     /// When an index file is damaged.

@@ -6,6 +6,7 @@
 //! scratch = "/var/scratch"         # may be left out
 //! scratch_budget = "20 GiB"        # may be left out
 //! max_sessions = 8                 # backups at once; further ones wait; may be left out
+//! resume_grace_s = 60              # how long a backup whose client was lost is held for it; 0: not at all; may be left out
 //! unix_group = "backup"            # who may use a unix socket besides root and the server's own user
 //!
 //! [tls]                            # needed off the loopback; every TCP address speaks TLS then
@@ -59,6 +60,7 @@ use crate::units::{GIB, KIB, MIB};
 use crate::vm::{PowerOff, QuietOptions};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
+use crate::wire::resume::{DEFAULT_GRACE, MAX_GRACE};
 use crate::wire::tls::TlsFiles;
 
 /// Sessions at once unless something else is configured.
@@ -83,6 +85,8 @@ pub struct Config {
     pub unix_group: Option<String>,
     /// Sessions at once, at most: each has a fleece, and holds up to 32 MiB in flight.
     pub max_sessions: usize,
+    /// How long the session of a client whose connection was lost is held for it.
+    pub resume_grace: Duration,
     /// State directory, if the file names one.
     pub state: Option<PathBuf>,
     /// Scratch directory.
@@ -117,6 +121,7 @@ struct File {
     client: Vec<ClientTable>,
     unix_group: Option<String>,
     max_sessions: Option<usize>,
+    resume_grace_s: Option<u64>,
     state: Option<PathBuf>,
     scratch: Option<PathBuf>,
     scratch_budget: Option<String>,
@@ -245,6 +250,10 @@ impl Config {
         if !(1..=MAX_SESSIONS).contains(&max_sessions) {
             return Err(format!("max_sessions is a number from 1 to {MAX_SESSIONS}"));
         }
+        let resume_grace = file.resume_grace_s.map_or(DEFAULT_GRACE, Duration::from_secs);
+        if resume_grace > MAX_GRACE {
+            return Err(format!("resume_grace_s is a number of seconds from 0 to {}", MAX_GRACE.as_secs()));
+        }
         let budget = file.scratch_budget.as_deref().map(parse_size).transpose()?;
         Ok(Self {
             listen: listen?,
@@ -252,6 +261,7 @@ impl Config {
             clients,
             unix_group: file.unix_group,
             max_sessions,
+            resume_grace,
             state: file.state,
             scratch: file.scratch,
             scratch_budget_bytes: budget,
@@ -314,6 +324,9 @@ mod tests {
         assert_eq!(config.scratch_budget_bytes, Some(20 * GIB));
         assert_eq!(config.vms[0].monitor, Address::Unix("/a".into()));
         assert_eq!((&config.vms[0].name, config.vms[0].quiet.freeze), (&None, Policy::Prefer));
+        assert_eq!(config.resume_grace, DEFAULT_GRACE);
+        let config = Config::parse(&format!("resume_grace_s = 0\n{good}")).unwrap();
+        assert!(config.resume_grace.is_zero());
         let quiet = "agent = \"unix:/q\"\nfreeze = \"require\"\nfreeze_lease_s = 3\n";
         let config = Config::parse(&format!("{good}{quiet}")).unwrap();
         assert_eq!(config.vms[0].quiet.agent, Some(agent::Address("/q".into())));
@@ -346,6 +359,7 @@ mod tests {
             (good.replace("20 GiB", "lots"), "no size"),
             (good.replace("monitor", "monitr"), "monitr"),
             ("listen = \"unix:/x\"".into(), "names no VM"),
+            (format!("resume_grace_s = 3601\n{good}"), "from 0 to 3600"),
             (format!("{good}freeze_lease_s = 61\n"), "from 1 to 60"),
             (format!("{good}freeze = \"maybe\"\n"), "maybe"),
             (format!("{good}agent = \"unix:\"\n"), "unix:PATH"),

@@ -62,6 +62,14 @@ impl Caller {
         }
     }
 
+    /// Who it is over several connections: whoever is local is the same.
+    pub fn identity(&self) -> String {
+        match self {
+            Self::Local(_) => "local".to_owned(),
+            Self::Client(grants) => format!("client {}", grants.name),
+        }
+    }
+
     /// Whether a VM exists for the caller.
     pub fn sees(&self, vm: &str) -> bool {
         match self {
@@ -79,7 +87,9 @@ impl Caller {
             | Request::Status { .. }
             | Request::Doctor { .. }
             | Request::Estimate(_) => May::List,
-            Request::Begin(_) | Request::Ack(_) => May::Backup,
+            Request::Begin(_) | Request::Ack(_) | Request::Resume(_) | Request::Received | Request::Leave { .. } => {
+                May::Backup
+            }
             Request::Detach { .. } => May::Detach,
         };
         if grants.may.contains(&needs) {

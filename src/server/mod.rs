@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Over TCP clients prove who they are by TLS; without it the service listens on the loopback and on unix sockets only.
-//! Ending it (SIGTERM, SIGINT) ends running sessions, takes every fleece out of QEMU, and leaves the bitmaps that record.
+//! A client that loses its connection in the middle of a backup may come back for a while, see `held`. Ending the service (SIGTERM, SIGINT) ends running sessions, takes every fleece out of QEMU, and leaves the bitmaps that record.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ use crate::wire::{Address, Timing, serve_connection};
 mod config;
 mod door;
 pub mod grants;
+mod held;
 mod keep;
 mod listen;
 mod queue;
@@ -63,7 +64,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
         listeners.push(Listener::bind(address, door.group()).await?);
     }
     let served_at = nearest(&listeners);
-    let service = Service::new(config.max_sessions);
+    let service = Service::new(config.max_sessions, config.resume_grace);
     let mut keepers = JoinSet::new();
     for vm in &config.vms {
         let options = VmOptions {
@@ -108,6 +109,7 @@ async fn answer_clients(door: Arc<Door>, service: Service, listeners: &[Listener
         }
     }
     connections.shutdown().await;
+    service.give_up();
 }
 
 async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {

@@ -41,6 +41,7 @@ use crate::monitor::{Address, Monitor, Process};
 use crate::vm::{AttachError, Parting, PowerOff, Vm, VmOptions, place};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::{Failure, FailureCode};
+use crate::wire::resume::DEFAULT_GRACE;
 
 /// How often a monitor that does not answer yet is tried. QEMU may take minutes to start: it fills its memory first.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(20);
@@ -237,7 +238,7 @@ async fn tend(
         }
     };
     let (close, mut closed) = watch::channel(false);
-    let service = Service::new(1);
+    let service = Service::new(1, DEFAULT_GRACE);
     service.set(vm.name(), State::Attached(vm.clone()));
     let clients = tokio::spawn(async move {
         answer_clients(Arc::new(Door::private()), service, &[listener], &mut closed).await;

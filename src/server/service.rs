@@ -9,10 +9,11 @@ use tokio::sync::oneshot;
 
 use super::bad;
 use super::grants::Caller;
+use super::held::Held;
 use super::queue::{Place, Queue};
 use crate::vm::Vm;
-use crate::wire::Answer;
 use crate::wire::message::{Begin, Failure, FailureCode, Reply, Request, Session, VmEntry, VmStatus};
+use crate::wire::{Answer, Timing};
 
 /// How long a request waits for VMs that are being attached at the service's start.
 const FIRST_ATTACH_WITHIN: Duration = Duration::from_secs(10);
@@ -32,12 +33,19 @@ pub struct Service {
     /// By name. A VM without a configured name is known by its monitor until it was attached.
     vms: Arc<Mutex<BTreeMap<String, State>>>,
     queue: Queue,
+    held: Held,
 }
 
 impl Service {
-    /// A service that knows no VM yet.
-    pub fn new(max_sessions: usize) -> Self {
-        Self { vms: Arc::default(), queue: Queue::new(max_sessions) }
+    /// A service that knows no VM yet, and holds lost clients' sessions for `grace`.
+    pub fn new(max_sessions: usize, grace: Duration) -> Self {
+        let held = Held::new(grace, Timing::default().session);
+        Self { vms: Arc::default(), queue: Queue::new(max_sessions), held }
+    }
+
+    /// Gives up all sessions that are held for clients to come back.
+    pub fn give_up(&self) {
+        self.held.give_up();
     }
 
     pub fn set(&self, name: &str, state: State) {
@@ -104,18 +112,25 @@ impl Service {
                 Reply::Estimate { disks: self.vm(caller, &begin.vm).await?.estimate(begin).await? }
             }
             Request::Begin(begin) => return self.begin(caller, begin).await,
+            Request::Resume(resume) => {
+                return Ok(Answer::Attached(Box::new(self.held.resume(caller, resume).await?)));
+            }
+            Request::Leave { vm, token } => self.held.leave(caller, &vm, token).map(|()| Reply::Left)?,
             Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
-            Request::Ack(_) => return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session")),
+            Request::Ack(_) | Request::Received => {
+                return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session"));
+            }
         };
         Ok(Answer::Reply(reply))
     }
 
     /// Begins a session, or puts the caller into the queue.
-    async fn begin(&self, caller: &Caller, begin: Begin) -> Result<Answer, Failure> {
+    async fn begin(&self, caller: &Caller, mut begin: Begin) -> Result<Answer, Failure> {
+        begin.resume = begin.resume.filter(|_| self.held.holds());
         let vm = self.vm(caller, &begin.vm).await?;
         let place = self.queue.join(vm.name(), caller.name())?;
         if place.runs() {
-            return Ok(Answer::Session(open(vm, begin, place).await?));
+            return self.opened(caller, vm, begin, place).await;
         }
         let reason = place.reason();
         if !begin.wait {
@@ -129,9 +144,18 @@ impl Service {
             place.turn().await;
             // QEMU may have been started anew meanwhile.
             let vm = service.vm(&caller, &begin.vm).await?;
-            Ok(Answer::Session(open(vm, begin, place).await?))
+            service.opened(&caller, vm, begin, place).await
         };
         Ok(Answer::Later(reason, Box::pin(later)))
+    }
+
+    /// Opens a session, which is known from then on if it can be resumed.
+    async fn opened(&self, caller: &Caller, vm: Vm, begin: Begin, place: Place) -> Result<Answer, Failure> {
+        let session = open(vm, begin.clone(), place).await?;
+        match begin.resume {
+            Some(token) => Ok(Answer::Attached(Box::new(self.held.attach(caller, token, begin, session)?))),
+            None => Ok(Answer::Session(session)),
+        }
     }
 
     /// A VM's state, with what the queue knows.
@@ -139,6 +163,7 @@ impl Service {
         status.queue = self.queue.waiting_for(&status.vm);
         if let Some(session) = &mut status.session {
             session.client = self.queue.running(&status.vm).map(|running| running.client);
+            session.lost = self.held.lost_since(&status.vm);
         }
         status
     }

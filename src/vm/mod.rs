@@ -51,6 +51,7 @@ mod power;
 pub mod quiet;
 pub mod scratch;
 mod select;
+mod sending;
 mod session;
 mod status;
 pub mod tracking;

@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
-use super::compare::{Compared, Expected};
+use super::compare::Compared;
 use super::fleece::{Bench, Fleece};
 use super::meter::Meter;
 use super::quiet::{Quiet, QuietOptions};
 use super::scratch::{Scratch, ScratchDir};
+use super::sending::{self, FromClient, Outlet};
 use super::transfer::{self, Needed, ReadyDisk};
 use super::{Inner, Vm, internal, qemu_failed, select, tracking, undo};
 use crate::checkpoint::Bitmap;
@@ -31,12 +32,9 @@ use crate::hooks::program::{self, About, Phase};
 use crate::machine::{FoundDisk, Taken};
 use crate::monitor::MonitorError;
 use crate::units::EpochId;
-use crate::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
+use crate::wire::message::{Begin, Begun, BegunDisk, Event, Failure, FailureCode, Session, SessionStatus, Totals};
+use crate::wire::resume::{Lasting, Line};
 
-/// Events that wait for the client in this process.
-const EVENTS_WAITING: usize = 4;
-/// Batches of digests that wait for the reader: with the one that it looks at, 2.5 GiB of a disk in chunks of 128 KiB.
-const DIGESTS_WAITING: usize = 4;
 /// How often the scratch is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// How often the monitor is asked whether QEMU still answers, and how long it may take: no command may take longer.
@@ -116,18 +114,19 @@ impl Vm {
             scratch_bytes: 0,
             running_ms: 0,
             client: None,
+            lost: None,
             impact: vec![],
         };
         self.set_progress(|p| *p = Some(progress));
-        let (events, event_queue) = mpsc::channel(EVENTS_WAITING);
-        let (acks, ack_queue) = mpsc::unbounded_channel();
         let scans = begun.disks.iter().any(|disk| matches!(disk.taken, Taken::Scan { .. }));
-        let (digests, digest_queue) = scans.then(|| mpsc::channel(DIGESTS_WAITING)).unzip();
+        let (mut outlet, Line { events, digests }) = Outlet::open(scans);
+        let (acks, acks_heard) = mpsc::unbounded_channel();
+        let (lasting, words) = begin.resume.map(|_| mpsc::unbounded_channel()).unzip();
+        let lasting = lasting.map(Lasting::Sidecar);
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
-        let _ = reply.send(Ok(Session { begun, events: event_queue, acks, digests }));
-        let expected = Expected::new(digest_queue);
+        let _ = reply.send(Ok(Session { begun, events, acks, digests, lasting }));
         let totals = Totals { prepare_us, ..Totals::default() };
-        let mut last = self.run((fleece, meter), ready, &events, ack_queue, expected, totals).await;
+        let mut last = self.run((fleece, meter), ready, &mut outlet, (acks_heard, words), totals).await;
         let result = last.as_ref().map(drop).map_err(|failure| failure.message.clone());
         let warnings = program::after(hooks, Phase::Session, &about, result).await;
         if let Ok(Event::End(totals)) = &mut last {
@@ -141,7 +140,7 @@ impl Vm {
         // The VM is free; a client that takes its time with the last word keeps nobody waiting.
         drop(guard);
         self.count_session();
-        let _ = events.send(last).await;
+        outlet.last(last).await;
     }
 
     fn count_session(&self) {
@@ -329,38 +328,20 @@ impl Vm {
         &self,
         (mut fleece, mut meter): (Fleece, Meter),
         disks: Vec<ReadyDisk>,
-        events: &mpsc::Sender<Result<Event, Failure>>,
-        mut acks: mpsc::UnboundedReceiver<Ack>,
-        mut expected: Expected,
+        outlet: &mut Outlet,
+        from_client: FromClient,
         mut totals: Totals,
     ) -> Result<Event, Failure> {
         let start = Instant::now();
         let scratch = fleece.bench().scratch.clone();
         let outcome = {
-            let sending = async {
-                for (i, disk) in disks.iter().enumerate() {
-                    let progress = |sent: transfer::Sent| {
-                        totals.data_bytes += sent.data_bytes;
-                        totals.zero_bytes += sent.zero_bytes;
-                        totals.same_bytes += sent.same_bytes;
-                        self.set_progress(|p| {
-                            if let Some(p) = p {
-                                p.sent_bytes += sent.data_bytes + sent.zero_bytes + sent.same_bytes;
-                            }
-                        });
-                    };
-                    transfer::send(disk, i as u16, &mut expected, events, progress).await?;
-                }
-                // Still under watch: a client that does not take it must not keep the fleece.
-                events.send(Ok(Event::Sent)).await.map_err(|_| transfer::left())
-            };
+            let (to_sending, heard) = mpsc::channel(1);
             tokio::select! {
                 biased;
-                sent = sending => sent,
+                sent = self.send_all(&disks, outlet, heard, &mut totals) => sent,
                 broken = self.watch(&scratch, &mut meter) => Err(broken),
-                () = events.closed() => Err(transfer::left()),
                 why = self.told_to_give_up() => Err(why),
-                () = transfer::discard_acknowledged(&disks, &mut acks) => Err(transfer::left()),
+                () = sending::listen(&disks, from_client, to_sending) => Err(transfer::left()),
             }
         };
         totals.transfer_us = start.elapsed().as_micros() as u64;

@@ -21,7 +21,7 @@ use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
 use crate::nbd::{self, NbdSource, SourceOptions};
 use crate::units::{GRANULE_BYTES, MIB};
 use crate::vhost::VhostSource;
-use crate::wire::message::{Ack, Event, Failure, FailureCode};
+use crate::wire::message::{Event, Failure, FailureCode};
 
 /// Bytes in flight of one session, shared by its disks.
 const IN_FLIGHT_BYTES: u64 = 32 * MIB;
@@ -190,16 +190,16 @@ pub struct Sent {
     pub same_bytes: u64,
 }
 
-/// Sends one disk. `sent` is told of every event.
+/// Sends what is `needed` of one disk. `sent` is told of every event.
 pub async fn send(
     ready: &ReadyDisk,
     disk: u16,
+    needed: &Bitmap,
     expected: &mut Expected,
     events: &mpsc::Sender<Result<Event, Failure>>,
     sent: impl FnMut(Sent),
 ) -> Result<(), Failure> {
-    let reads =
-        futures_util::stream::iter(runs(&ready.needed, &ready.data).flat_map(pieces)).map(|run| read(ready, run));
+    let reads = futures_util::stream::iter(runs(needed, &ready.data).flat_map(pieces)).map(|run| read(ready, run));
     let mut reads = std::pin::pin!(reads.buffered(READS));
     let mut out = Out::new(disk, &ready.name, ready.chunk_bytes, events, sent);
     while let Some(read) = reads.next().await {
@@ -249,35 +249,29 @@ pub fn left() -> Failure {
     Failure::new(FailureCode::Disconnected, "the client left before it had everything")
 }
 
-/// Discards what is acknowledged, as whole granules; runs until the session drops the other end.
-pub async fn discard_acknowledged(disks: &[ReadyDisk], acks: &mut mpsc::UnboundedReceiver<Ack>) {
-    let mut acknowledged: Vec<_> = disks.iter().map(|d| Bitmap::new(d.needed.size_bytes())).collect();
-    while let Some(ack) = acks.recv().await {
-        let Some((disk, done)) = disks.get(usize::from(ack.disk)).zip(acknowledged.get_mut(usize::from(ack.disk)))
-        else {
-            continue;
-        };
-        if !disk.discards {
-            continue;
-        }
-        let whole_bytes = disk.needed.size_bytes() / GRANULE_BYTES * GRANULE_BYTES;
-        for extent in ack.extents.iter().filter(|e| e.fits(disk.needed.size_bytes())) {
-            let start = extent.offset_bytes.next_multiple_of(GRANULE_BYTES);
-            let end = (extent.end() / GRANULE_BYTES * GRANULE_BYTES).min(whole_bytes);
-            if start >= end || done.intersects(Extent::between(start, end)) {
+impl ReadyDisk {
+    /// Discards what is acknowledged, as whole granules, and notes it.
+    pub async fn acknowledge(&self, extents: &[Extent], acknowledged: &mut Bitmap) {
+        let size_bytes = self.needed.size_bytes();
+        let whole_bytes = size_bytes / GRANULE_BYTES * GRANULE_BYTES;
+        for extent in extents.iter().filter(|e| e.fits(size_bytes)) {
+            if acknowledged.intersects(*extent) {
                 continue;
             }
-            done.set(Extent::between(start, end));
+            acknowledged.set(*extent);
+            let start = extent.offset_bytes.next_multiple_of(GRANULE_BYTES);
+            let end = (extent.end() / GRANULE_BYTES * GRANULE_BYTES).min(whole_bytes);
+            if start >= end || !self.discards {
+                continue;
+            }
             for piece in Extent::between(start, end).split_at_multiples(MAX_DISCARD_BYTES) {
-                if let Err(error) = disk.source.block().discard(piece).await {
+                if let Err(error) = self.source.block().discard(piece).await {
                     // The fleece goes on copying there: slower, not wrong.
-                    tracing::debug!(disk = disk.name, "a discard failed: {error}");
+                    tracing::debug!(disk = self.name, "a discard failed: {error}");
                 }
             }
         }
     }
-    // Nothing more will be acknowledged: let the transfer decide when it is over.
-    std::future::pending::<()>().await;
 }
 
 #[cfg(test)]

@@ -1,37 +1,28 @@
 //! The client's end of a connection.
 //!
-//! A [`Client`] asks one thing at a time. [`Client::begin`] turns it into a [`Session`] with a task of its own, which reads
-//! into [`Session::events`] and writes what [`Session::acks`] gets. The task holds no more than a few events: when nobody
-//! takes them, it stops reading, and the server stops with it. Dropping the receiver of the events closes the connection,
-//! and so ends the session at the server. When the connection breaks, the last event says why.
-//!
-//! Acknowledgements may be refused while events still wait: the end, or a failure, has arrived behind them. That is no
-//! error of its own, the last event tells.
+//! A [`Client`] asks one thing at a time. [`Client::begin`] turns it into a [`Session`] with a task of its own.
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use super::contract::{Breach, Promise};
-use super::digests::Digests;
-use super::frame::{self, Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
+use super::contract::Promise;
+use super::frame::{self, Encoded, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
 use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
-use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
+use super::message::{Begin, Begun, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
 use super::reader::{Frame, FrameReader};
+use super::resume::{Resume, Token};
+use super::session;
 use super::tls::Connector;
 use super::writer::FrameWriter;
 use crate::extent::Extent;
-use crate::machine::Taken;
 
 /// Events that wait for the session's owner at most: 8 MiB of data.
 pub const EVENTS_WAITING: usize = 8;
-
-/// Batches of digests that wait to be written.
-const DIGESTS_WAITING: usize = 4;
 
 /// Where a sidecar listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,14 +63,16 @@ impl Door {
 
 /// A connection to a sidecar, between requests.
 pub struct Client {
-    reader: FrameReader,
-    writer: FrameWriter,
-    timing: Timing,
+    pub(super) reader: FrameReader,
+    pub(super) writer: FrameWriter,
+    pub(super) timing: Timing,
     /// How it connected, if it did so itself.
-    door: Option<Door>,
-    peer: String,
+    pub(super) door: Option<Door>,
+    pub(super) peer: String,
     software: String,
     version: Version,
+    /// How long the server holds a session whose connection is lost, once it has said so.
+    pub(super) grace: Option<Duration>,
     /// A request was given up half-way: its answer may still come, and would be taken for the next one's.
     spent: bool,
 }
@@ -134,6 +127,7 @@ impl Client {
             peer,
             software: welcome.software,
             version: welcome.version,
+            grace: None,
             spent: false,
         })
     }
@@ -159,7 +153,7 @@ impl Client {
     /// # Errors
     /// What the server answers, or what happened to the connection.
     pub async fn request(&mut self, request: Request) -> Result<Reply, Failure> {
-        if matches!(request, Request::Begin(_) | Request::Ack(_)) {
+        if matches!(request, Request::Begin(_) | Request::Resume(_) | Request::Ack(_)) {
             return Err(Failure::new(FailureCode::Internal, "sessions are begun with Client::begin"));
         }
         self.exchange(request, &mut |_| {}).await
@@ -187,6 +181,7 @@ impl Client {
                     Some(Frame::Alive) => {}
                     Some(Frame::Control(json)) => match read_reply(&json, &self.peer)? {
                         Reply::Waiting(waiting) => on_waiting(&waiting),
+                        Reply::Resumable { grace_ms } => self.grace = Some(Duration::from_millis(grace_ms)),
                         reply => break reply,
                     },
                     Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
@@ -205,6 +200,34 @@ impl Client {
             Reply::Failed(failure) => Err(failure),
             reply => Ok(reply),
         }
+    }
+
+    fn begun(&self, reply: Reply) -> Result<Begun, Failure> {
+        match reply {
+            Reply::Begun(begun) => Ok(*begun),
+            other => Err(breach(&self.peer, &format!("{} in answer to a begin", name(&other)))),
+        }
+    }
+
+    /// Comes back, over a fresh connection, to a session of which the client has so much. Its events are for who knows how to read
+    /// them: a session that [`Client::begin`] gave comes back by itself.
+    ///
+    /// # Errors
+    /// What the server answers, or what happened to the connection.
+    pub async fn resume(mut self, resume: Resume) -> Result<(Self, Begun), Failure> {
+        let reply = self.exchange(Request::Resume(resume), &mut |_| {}).await?;
+        let begun = self.begun(reply)?;
+        Ok((self, begun))
+    }
+
+    /// Asks once whether a session was begun although nobody heard of it.
+    async fn come_back_to(door: Option<Door>, vm: &str, token: Token, lost: Failure) -> Result<(Self, Begun), Failure> {
+        let Some(door) = door else { return Err(lost) };
+        tracing::warn!("{lost}; connecting again");
+        let resume = Resume { vm: vm.to_owned(), token, have: vec![] };
+        let again = async { door.enter().await?.resume(resume).await };
+        // Where it was not begun, it may be asked for anew.
+        again.await.map_err(|error| Failure { message: format!("{lost}; then: {error}"), ..error })
     }
 
     async fn flush(&mut self) -> Result<(), Failure> {
@@ -229,137 +252,24 @@ impl Client {
         begin: Begin,
         mut on_waiting: impl FnMut(&Waiting) + Send,
     ) -> Result<Session, Failure> {
-        let begun = match self.exchange(Request::Begin(begin.clone()), &mut on_waiting).await? {
-            Reply::Begun(begun) => *begun,
-            other => return Err(breach(&self.peer, &format!("{} in answer to a begin", name(&other)))),
+        let asked = self.exchange(Request::Begin(begin.clone()), &mut on_waiting).await;
+        let begun = match (asked, begin.resume) {
+            (Err(lost), Some(token)) if self.spent && lost.code == FailureCode::Disconnected => {
+                // The instant may be behind us, and only its answer lost.
+                let (client, begun) = Self::come_back_to(self.door.take(), &begin.vm, token, lost).await?;
+                self = client;
+                begun
+            }
+            (asked, _) => self.begun(asked?)?,
         };
         let promise = Promise::new(&begin, &begun).map_err(|b| breach(&self.peer, &b))?;
-        let (to_owner, events) = mpsc::channel(EVENTS_WAITING);
-        let (acks, acks_to_send) = mpsc::unbounded_channel();
-        let (digests, digests_to_send) = mpsc::channel(DIGESTS_WAITING);
-        let scans = begun.disks.iter().any(|disk| matches!(disk.taken, Taken::Scan { .. }));
-        tokio::spawn(self.run(promise, to_owner, acks_to_send, digests_to_send));
-        Ok(Session { begun, events, acks, digests: scans.then_some(digests) })
-    }
-
-    /// The session's task.
-    async fn run(
-        self,
-        mut promise: Promise,
-        events: mpsc::Sender<Result<Event, Failure>>,
-        acks: mpsc::UnboundedReceiver<Ack>,
-        digests: mpsc::Receiver<Digests>,
-    ) {
-        let Self { mut reader, writer, timing, peer, .. } = self;
-        let outcome = tokio::select! {
-            outcome = read_events(&mut reader, &mut promise, &events, timing, &peer) => outcome,
-            () = write_all(writer, acks, digests, timing) => Ok(()),
-            () = events.closed() => Ok(()),
-        };
-        // The connection closes now, not when somebody takes the last event.
-        drop(reader);
-        if let Err(failure) = outcome {
-            // Nobody may be there to hear it; then the session was dropped.
-            let _ = events.send(Err(failure)).await;
-        }
+        Ok(session::start(self, promise, begin, begun))
     }
 }
 
 fn refused(address: &impl fmt::Display, why: impl fmt::Display) -> Failure {
     let what = format!("cannot connect to {address}: {why}; is `livebackup serve` running there?");
     Failure::new(FailureCode::Disconnected, what)
-}
-
-/// Reads until the end, a failure, or nobody takes the events.
-async fn read_events(
-    reader: &mut FrameReader,
-    promise: &mut Promise,
-    events: &mpsc::Sender<Result<Event, Failure>>,
-    timing: Timing,
-    peer: &str,
-) -> Result<(), Failure> {
-    let broke = |b: Breach| breach(peer, &b);
-    loop {
-        // While the events were full nobody listened.
-        reader.resume();
-        let event = match reader.next(timing.silence).await? {
-            None => return Err(closed(peer)),
-            Some(Frame::Alive) => continue,
-            Some(Frame::Data(place, bytes)) => {
-                promise.place(place).map_err(broke)?;
-                Event::Data { disk: place.disk, offset_bytes: place.extent.offset_bytes, bytes }
-            }
-            Some(Frame::Zero(place)) => {
-                promise.place(place).map_err(broke)?;
-                Event::Zero { disk: place.disk, extent: place.extent }
-            }
-            Some(Frame::Same(place)) => {
-                promise.same(place).map_err(broke)?;
-                Event::Same { disk: place.disk, extent: place.extent }
-            }
-            Some(Frame::Digests(_)) => return Err(breach(peer, "digests, which only a client sends")),
-            Some(Frame::Control(json)) => match read_reply(&json, peer)? {
-                Reply::Sent => {
-                    promise.sent().map_err(broke)?;
-                    Event::Sent
-                }
-                Reply::End(totals) => {
-                    promise.end().map_err(broke)?;
-                    Event::End(totals)
-                }
-                Reply::Failed(failure) => return Err(failure),
-                other => return Err(breach(peer, &format!("{} in the middle of a session", name(&other)))),
-            },
-        };
-        let last = matches!(event, Event::End(_));
-        if events.send(Ok(event)).await.is_err() || last {
-            return Ok(());
-        }
-    }
-}
-
-/// Writes acknowledgements, digests and signs of life. Never returns: what ends a session is seen by the reader, which is told the
-/// reason where a failed write is only a symptom.
-async fn write_all(
-    mut writer: FrameWriter,
-    mut acks: mpsc::UnboundedReceiver<Ack>,
-    mut digests: mpsc::Receiver<Digests>,
-    timing: Timing,
-) {
-    let (mut open, mut digesting) = (true, true);
-    loop {
-        tokio::select! {
-            ack = acks.recv(), if open => match ack {
-                Some(ack) => {
-                    push_ack(&mut writer, ack);
-                    while !writer.is_full() && let Ok(ack) = acks.try_recv() {
-                        push_ack(&mut writer, ack);
-                    }
-                }
-                None => open = false,
-            },
-            batch = digests.recv(), if digesting => match batch.as_ref().map(Encoded::digests) {
-                Some(Ok(frame)) => writer.push(frame),
-                Some(Err(error)) => tracing::error!(%error, "digests cannot be sent"),
-                None => digesting = false,
-            },
-            () = sleep(timing.alive_every) => writer.push(Encoded::alive()),
-        }
-        if let Err(error) = writer.flush().await {
-            tracing::debug!(%error, "cannot acknowledge");
-            std::future::pending().await
-        }
-    }
-}
-
-fn push_ack(writer: &mut FrameWriter, ack: Ack) {
-    for extents in ack.extents.chunks(MAX_ACK_EXTENTS) {
-        let part = Request::Ack(Ack { disk: ack.disk, extents: extents.to_vec() });
-        match Encoded::control(&part, MAX_REQUEST_BYTES) {
-            Ok(frame) => writer.push(frame),
-            Err(error) => tracing::error!(%error, "an acknowledgement cannot be sent"),
-        }
-    }
 }
 
 /// The place of an event's bytes.
@@ -374,15 +284,15 @@ pub(super) fn place_of(event: &Event) -> Option<Place> {
     }
 }
 
-fn read_reply(json: &[u8], peer: &str) -> Result<Reply, Failure> {
+pub(super) fn read_reply(json: &[u8], peer: &str) -> Result<Reply, Failure> {
     frame::decode_control(json).map_err(|source| LinkError::Frame { peer: peer.to_owned(), source }.into())
 }
 
-fn breach(peer: &str, what: &str) -> Failure {
+pub(super) fn breach(peer: &str, what: &str) -> Failure {
     Failure::new(FailureCode::Protocol, format!("{peer} broke the protocol: it sent {what}"))
 }
 
-fn closed(peer: &str) -> Failure {
+pub(super) fn closed(peer: &str) -> Failure {
     Failure::new(FailureCode::Disconnected, format!("{peer} closed the connection before it was done"))
 }
 
@@ -390,7 +300,7 @@ fn silent(peer: &str, timing: &Timing) -> Failure {
     LinkError::Silent { peer: peer.to_owned(), silence: timing.silence }.into()
 }
 
-fn name(reply: &Reply) -> &'static str {
+pub(super) fn name(reply: &Reply) -> &'static str {
     match reply {
         Reply::List { .. } => "a list",
         Reply::Disks { .. } => "disks",
@@ -398,6 +308,8 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Doctor { .. } => "a doctor's checks",
         Reply::Estimate { .. } => "an estimate",
         Reply::Begun(_) => "a second begin",
+        Reply::Resumable { .. } => "\"resumable\"",
+        Reply::Left => "\"left\"",
         Reply::Waiting(_) => "a place in the queue",
         Reply::Sent => "\"sent\"",
         Reply::End(_) => "the end",

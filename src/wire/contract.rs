@@ -56,6 +56,8 @@ pub struct Promise {
     chunk_bytes: u64,
     disks: Vec<Promised>,
     sent: bool,
+    /// All was said to be sent on an earlier connection.
+    was_sent: bool,
 }
 
 #[derive(Debug)]
@@ -98,7 +100,7 @@ impl Promise {
             }
             disks.push(Promised { size_bytes, next_bytes: 0, compared: scanned || one.audited_chunks > 0 });
         }
-        Ok(Self { chunk_bytes: begin.chunk_bytes.into(), disks, sent: false })
+        Ok(Self { chunk_bytes: begin.chunk_bytes.into(), disks, sent: false, was_sent: false })
     }
 
     /// Checks that bytes may be said to be the same.
@@ -113,10 +115,11 @@ impl Promise {
     /// Checks a data or zero event.
     pub fn place(&mut self, place: Place) -> Result<(), Breach> {
         let Place { disk: index, extent } = place;
+        let sent = self.is_sent();
         let Some(disk) = self.disks.get_mut(usize::from(index)) else {
             return Err(format!("{extent} of disk {index}, which was not begun"));
         };
-        if self.sent {
+        if sent {
             return Err(format!("{extent} of disk {index} after all was said to be sent"));
         }
         if !extent.fits(disk.size_bytes) {
@@ -130,6 +133,26 @@ impl Promise {
         }
         disk.next_bytes = extent.end();
         Ok(())
+    }
+
+    /// Of each disk, how far its bytes have come.
+    pub fn have(&self) -> Vec<u64> {
+        self.disks.iter().map(|disk| disk.next_bytes).collect()
+    }
+
+    /// All goes on from where it is, and is said to be sent once more.
+    pub fn resumed(&mut self) {
+        self.was_sent |= std::mem::take(&mut self.sent);
+    }
+
+    /// Whether all was said to be sent, on this connection or an earlier one.
+    pub fn is_sent(&self) -> bool {
+        self.sent || self.was_sent
+    }
+
+    /// Whether that was on an earlier one.
+    pub fn is_sent_again(&self) -> bool {
+        self.was_sent
     }
 
     /// Checks that all was sent, once.
@@ -190,6 +213,7 @@ impl Given {
 pub struct Acks {
     chunk_bytes: u64,
     disks: Vec<Acked>,
+    sent: AtomicBool,
     over: AtomicBool,
 }
 
@@ -207,7 +231,31 @@ impl Acks {
     pub fn new(begin: &Begin, begun: &Begun) -> Self {
         let fresh = |size_bytes| Acked { size_bytes, end_bytes: AtomicU64::new(0), open_bytes: AtomicU64::new(0) };
         let disks = begun.disks.iter().map(|d| fresh(d.disk.size_bytes)).collect();
-        Self { chunk_bytes: begin.chunk_bytes.into(), disks, over: AtomicBool::new(false) }
+        Self {
+            chunk_bytes: begin.chunk_bytes.into(),
+            disks,
+            sent: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        }
+    }
+
+    /// A client has come back and has of each disk all before these offsets: what lies behind is sent again where it is not
+    /// acknowledged, and is not to be acknowledged before that.
+    pub fn resumed(&self, have: &[u64]) {
+        self.sent.store(false, Ordering::Relaxed);
+        for (disk, have) in self.disks.iter().zip(have.iter().copied().chain(std::iter::repeat(0))) {
+            disk.end_bytes.store(have, Ordering::Relaxed);
+        }
+    }
+
+    /// All is about to have been sent.
+    pub fn all_sent(&self) {
+        self.sent.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the client may say that it has all.
+    pub fn are_sent(&self) -> bool {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// The end is about to be sent: the client may close from now on.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::digests::{ChunkDigest, Digests};
+use super::resume::{Lasting, Resume, Token};
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
 use crate::impact::DiskImpact;
@@ -44,6 +45,17 @@ pub enum Request {
     Begin(Begin),
     /// These bytes are durable at the client: the sidecar may discard them.
     Ack(Ack),
+    /// Go on with a session whose connection was lost.
+    Resume(Resume),
+    /// All that was sent has arrived: the fleece may be closed. Only in a session that can be resumed, after `Sent`.
+    Received,
+    /// A session that could be resumed is given up, in it or over another connection.
+    Leave {
+        /// Its VM.
+        vm: String,
+        /// What was chosen for it.
+        token: Token,
+    },
     /// Remove all that the sidecar put into a VM and end its epochs.
     Detach {
         /// Which VM.
@@ -89,6 +101,10 @@ pub struct Begin {
     /// Chunks to be confirmed by the way, of disks that are sent since a checkpoint.
     #[serde(default)]
     pub audit: Option<Audit>,
+    /// Chosen by a client that wants to [resume](super::resume) the session should its connection be lost. A sidecar that can
+    /// do that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Token>,
 }
 
 /// What a client would like to have confirmed: that chunks that nobody is said to have written are still as it knows them.
@@ -153,12 +169,20 @@ pub enum Reply {
     },
     /// To [`Request::Begin`] with [`Begin::wait`], before the answer itself: it is not this client's turn yet.
     Waiting(Waiting),
-    /// To [`Request::Begin`]: the instant is behind us; data follows.
+    /// To [`Request::Begin`] with [`Begin::resume`] and to [`Request::Resume`], before the answer itself: the session is held
+    /// when its connection is lost.
+    Resumable {
+        /// For so many milliseconds.
+        grace_ms: u64,
+    },
+    /// To [`Request::Begin`]: the instant is behind us; data follows. To [`Request::Resume`]: the same as the first time.
     Begun(Box<Begun>),
     /// All data of the needed set has been sent; the fleece is being closed.
     Sent,
     /// The session is over; the fleece is closed.
     End(Totals),
+    /// To [`Request::Leave`] outside of the session.
+    Left,
     /// To [`Request::Detach`].
     Detached {
         /// What was removed, in words.
@@ -254,6 +278,9 @@ pub struct SessionStatus {
     /// Whose session it is, where there is a queue.
     #[serde(default)]
     pub client: Option<String>,
+    /// Since when its client's connection is lost, if it is: the session is held for it to come back.
+    #[serde(default)]
+    pub lost: Option<Timestamp>,
 }
 
 /// Tracking of one disk.
@@ -406,6 +433,8 @@ pub enum FailureCode {
     Denied,
     /// The connection ended.
     Disconnected,
+    /// A session that was to be resumed is over, or never was.
+    SessionGone,
     /// The guest could not be made quiet, and that was required.
     NotQuiet,
     /// A hook of the operator refused.
@@ -485,4 +514,6 @@ pub struct Session {
     /// Where digests go, if a disk is scanned, in the order that [`digests`](super::digests) asks for. When it is dropped
     /// early, what is left is sent whatever it holds.
     pub digests: Option<mpsc::Sender<Digests>>,
+    /// What outlives a lost connection, if anything does.
+    pub lasting: Option<Lasting>,
 }

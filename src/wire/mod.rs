@@ -17,7 +17,7 @@
 //!
 //! `Reply::Failed` takes the place of any reply; inside a session it is the last frame. Whoever has nothing to say while
 //! the other waits sends an Alive frame every [`Timing::alive_every`]; whoever hears nothing for [`Timing::silence`] while
-//! it waits closes. Closing the connection ends a session and closes its fleece.
+//! it waits closes. Closing the connection ends a session and closes its fleece, unless both ends can [`resume`] it.
 //!
 //! Neither side believes the other: every length is bounded before memory is taken for it, and [`contract`] holds a
 //! session to what [`message`] promises.
@@ -32,7 +32,9 @@ pub mod link;
 pub mod message;
 pub mod pool;
 pub mod reader;
+pub mod resume;
 pub mod server;
+pub mod session;
 pub mod tls;
 pub mod writer;
 

@@ -6,24 +6,26 @@
 //!             └─► the client closed, or asked for nothing for long
 //! ```
 //!
-//! A client that leaves or misbehaves ends what it asked for: the handler's future is dropped, or the session is. A client
+//! A client that leaves or misbehaves ends what it asked for: the handler's future is dropped, or the session is; but a
+//! [session that can be resumed](super::resume) only loses its connection when the client is not heard of any more. A client
 //! that reads slowly slows its session down, since events are taken only as fast as they are written. What arrives is
 //! bounded before memory is taken, and read only while there is room for it.
 
 use std::fmt;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::client::place_of;
-use super::contract::{Acks, Given, check_begin};
+use super::contract::{Acks, Breach, Given, check_begin};
 use super::digests::Digests;
 use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use super::hello;
-use super::link::{Stream, Timing, every};
+use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
 use super::reader::{Frame, FrameReader};
+use super::resume::{Attachment, Lasting, Word};
 use super::writer::FrameWriter;
 use crate::block::BoxFuture;
 
@@ -33,6 +35,8 @@ pub enum Answer {
     Reply(Reply),
     /// To [`Request::Begin`].
     Session(Session),
+    /// To [`Request::Begin`] and [`Request::Resume`]: a session that can be resumed.
+    Attached(Box<Attachment>),
     /// To [`Request::Begin`]: not yet. The client is told why, and waits for the other answer.
     Later(Waiting, BoxFuture<'static, Result<Answer, Failure>>),
 }
@@ -42,6 +46,7 @@ impl fmt::Debug for Answer {
         match self {
             Self::Reply(reply) => f.debug_tuple("Reply").field(reply).finish(),
             Self::Session(session) => f.debug_tuple("Session").field(session).finish(),
+            Self::Attached(attachment) => f.debug_tuple("Attached").field(attachment).finish(),
             Self::Later(waiting, _) => f.debug_tuple("Later").field(waiting).finish(),
         }
     }
@@ -113,6 +118,7 @@ impl Connection {
             };
             let begin = match &request {
                 Request::Ack(_) => return Err(self.breach("an acknowledgement without a session")),
+                Request::Received => return Err(self.breach("that it has all, without a session")),
                 Request::Begin(begin) | Request::Estimate(begin) => {
                     check_begin(begin).map_err(|b| self.breach(&b))?;
                     Some(begin.clone())
@@ -126,6 +132,7 @@ impl Connection {
             }
             match (answer, begin) {
                 (Ok(Answer::Session(session)), Some(begin)) => return self.session(&begin, session).await,
+                (Ok(Answer::Attached(attachment)), _) => return self.attached(*attachment).await,
                 (Ok(Answer::Session(_) | Answer::Later(..)), _) => {
                     return Err(internal("a session was opened that nobody asked for"));
                 }
@@ -181,24 +188,59 @@ impl Connection {
 
     /// Carries a session to its end.
     async fn session(&mut self, begin: &Begin, session: Session) -> Result<(), Failure> {
-        let Session { begun, mut events, acks: to_sidecar, digests } = session;
-        let acks = Acks::new(begin, &begun);
+        let acks = Acks::new(begin, &session.begun);
+        self.carry(begin, session, &acks, None).await.map_err(Ended::failure)
+    }
+
+    /// Carries a session that can be resumed, to its end or this connection's.
+    async fn attached(&mut self, attachment: Attachment) -> Result<(), Failure> {
+        let Attachment { begin, session, acks, grace, until, replaced, over } = attachment;
+        let grace_ms = grace.as_millis() as u64;
+        self.writer.push(Encoded::control(&Reply::Resumable { grace_ms }, MAX_REPLY_BYTES).map_err(unsendable)?);
+        let carried = self.carry(&begin, session, &acks, Some((replaced, until))).await;
+        if !matches!(carried, Err(Ended::Lost(_))) {
+            // Who holds sessions may be gone with the service.
+            let _ = over.send(());
+        }
+        carried.map_err(Ended::failure)
+    }
+
+    /// Carries a session, which can be resumed if it may be `replaced`, until an instant.
+    async fn carry(
+        &mut self,
+        begin: &Begin,
+        session: Session,
+        acks: &Acks,
+        lasting: Option<(oneshot::Receiver<()>, Instant)>,
+    ) -> Result<(), Ended> {
+        let Session { begun, mut events, acks: to_sidecar, digests, lasting: words } = session;
         let digests = digests.map(|to_sidecar| (Given::new(begin, &begun), to_sidecar));
+        let words = match words {
+            Some(Lasting::Sidecar(words)) => Some(words),
+            _ => None,
+        };
+        let (replaced, until) = lasting.unzip();
+        let until = until.unwrap_or_else(|| Instant::now() + self.timing.session);
         let reply = Reply::Begun(Box::new(begun));
         self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
         let Self { reader, writer, timing, peer } = self;
+        let to_sidecar = ToSidecar { acks: &to_sidecar, words, digests };
         tokio::select! {
-            pumped = pump(writer, &mut events, &acks, timing, peer) => pumped?,
-            () = sleep(timing.session) => {
+            pumped = pump(writer, &mut events, acks, timing, peer) => pumped?,
+            () = sleep_until(until) => {
                 let hours = timing.session.as_secs_f64() / 3600.0;
                 let what = format!("the session of {peer} was given up: it was open for {hours:.1} h, and none may be longer");
-                return Err(Failure::new(FailureCode::Broken, what));
+                return Err(Failure::new(FailureCode::Broken, what).into());
             }
-            failure = take(reader, &to_sidecar, &acks, digests, timing.silence, peer) => return Err(failure),
+            () = replacement(replaced) => {
+                let what = format!("{peer} came back over another connection, or gave its session up there");
+                return Err(Ended::Lost(Failure::new(FailureCode::Disconnected, what)));
+            }
+            ended = take(reader, to_sidecar, acks, timing.silence, peer) => return Err(ended),
         }
         // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
         // since closing a socket with unread bytes would throw away what the client has not read yet.
-        drop((events, to_sidecar));
+        drop(events);
         self.drain(self.timing.silence).await;
         Ok(())
     }
@@ -233,6 +275,47 @@ impl Connection {
     }
 }
 
+/// How a session ended on a connection, other than well.
+enum Ended {
+    /// The client was not heard of any more, or cannot be reached.
+    Lost(Failure),
+    /// In any other way.
+    Over(Failure),
+}
+
+impl Ended {
+    fn failure(self) -> Failure {
+        let (Self::Lost(failure) | Self::Over(failure)) = self;
+        failure
+    }
+}
+
+impl From<Failure> for Ended {
+    fn from(failure: Failure) -> Self {
+        Self::Over(failure)
+    }
+}
+
+impl From<LinkError> for Ended {
+    fn from(error: LinkError) -> Self {
+        match Failure::from(error) {
+            failure if failure.code == FailureCode::Disconnected => Self::Lost(failure),
+            failure => Self::Over(failure),
+        }
+    }
+}
+
+/// Resolves when the client is on another connection.
+async fn replacement(replaced: Option<oneshot::Receiver<()>>) {
+    let came_back = match replaced {
+        Some(replaced) => replaced.await.is_ok(),
+        None => false,
+    };
+    if !came_back {
+        std::future::pending().await
+    }
+}
+
 /// Writes events as they come, several at once when they are small, until the last one is written.
 async fn pump(
     writer: &mut FrameWriter,
@@ -240,7 +323,7 @@ async fn pump(
     acks: &Acks,
     timing: &Timing,
     peer: &str,
-) -> Result<(), Failure> {
+) -> Result<(), Ended> {
     loop {
         write_out(writer, timing, peer).await?;
         let Ok(first) = timeout(timing.alive_every, events.recv()).await else {
@@ -252,14 +335,17 @@ async fn pump(
             match event {
                 Some(Ok(event)) => {
                     let last = matches!(event, Event::End(_));
+                    if matches!(event, Event::Sent) {
+                        acks.all_sent();
+                    }
                     push_event(writer, event, acks)?;
                     if last {
                         acks.over();
                         return write_out(writer, timing, peer).await;
                     }
                 }
-                Some(Err(failure)) => return Err(failure),
-                None => return Err(internal("the sidecar gave the session up without saying why")),
+                Some(Err(failure)) => return Err(failure.into()),
+                None => return Err(internal("the sidecar gave the session up without saying why").into()),
             }
             next = if writer.is_full() { None } else { events.try_recv().ok().map(Some) };
         }
@@ -267,12 +353,12 @@ async fn pump(
 }
 
 /// Writes what waits, unless the client is stuck: it may be alive and well otherwise, and must not keep the fleece.
-async fn write_out(writer: &mut FrameWriter, timing: &Timing, peer: &str) -> Result<(), Failure> {
+async fn write_out(writer: &mut FrameWriter, timing: &Timing, peer: &str) -> Result<(), Ended> {
     match timeout(timing.stuck, writer.flush()).await {
         Ok(written) => Ok(written?),
         Err(_) => {
             let what = format!("{peer} took nothing of its backup for {} s: it is stuck", timing.stuck.as_secs_f64());
-            Err(Failure::new(FailureCode::Disconnected, what))
+            Err(Ended::Over(Failure::new(FailureCode::Disconnected, what)))
         }
     }
 }
@@ -292,55 +378,81 @@ fn push_event(writer: &mut FrameWriter, event: Event, acks: &Acks) -> Result<(),
     Ok(())
 }
 
-/// Hands acknowledgements and digests over until the client leaves or misbehaves. While the sidecar has digests enough,
-/// nothing is read.
+/// Where goes what a client sends in a session.
+struct ToSidecar<'a> {
+    acks: &'a mpsc::UnboundedSender<Ack>,
+    /// If the session can be resumed.
+    words: Option<mpsc::UnboundedSender<Word>>,
+    /// If a disk is scanned.
+    digests: Option<(Given, mpsc::Sender<Digests>)>,
+}
+
+impl ToSidecar<'_> {
+    async fn digests(&mut self, batch: Digests) -> Result<(), Breach> {
+        let (given, to_sidecar) = self.digests.as_mut().ok_or("digests without a scan")?;
+        given.take(&batch)?;
+        // A sidecar that is gone says so in the events.
+        let _ = to_sidecar.send(batch).await;
+        Ok(())
+    }
+
+    /// Whether the client goes on.
+    fn request(&self, json: &[u8], acks: &Acks) -> Result<bool, Breach> {
+        match frame::decode_control::<Request>(json).map_err(|e| e.to_string())? {
+            Request::Ack(ack) => {
+                acks.take(&ack)?;
+                let _ = self.acks.send(ack);
+                Ok(true)
+            }
+            Request::Received => {
+                let words = self.words.as_ref().filter(|_| acks.are_sent());
+                let _ = words.ok_or("that it has all, which was not asked")?.send(Word::Received);
+                Ok(true)
+            }
+            Request::Leave { .. } if self.words.is_some() => Ok(false),
+            _ => Err("a request in the middle of a session".to_owned()),
+        }
+    }
+}
+
+/// Hands over what the client sends until it leaves or misbehaves. While the sidecar has digests enough, nothing is read.
 async fn take(
     reader: &mut FrameReader,
-    to_sidecar: &mpsc::UnboundedSender<Ack>,
+    mut to_sidecar: ToSidecar<'_>,
     acks: &Acks,
-    mut digests: Option<(Given, mpsc::Sender<Digests>)>,
     silence: Duration,
     peer: &str,
-) -> Failure {
-    let breach = |what: &str| Failure::new(FailureCode::Protocol, format!("{peer} broke the protocol: it sent {what}"));
+) -> Ended {
+    let gone = |what: &str| Failure::new(FailureCode::Disconnected, format!("{peer} {what}"));
     reader.resume();
     loop {
-        let json = match reader.next(silence).await {
-            Ok(Some(Frame::Control(json))) => json,
+        let taken = match reader.next(silence).await {
+            Ok(Some(Frame::Control(json))) => to_sidecar.request(&json, acks),
             Ok(Some(Frame::Alive)) => continue,
             Ok(Some(Frame::Digests(batch))) => {
-                let Some((given, to_sidecar)) = &mut digests else { return breach("digests without a scan") };
-                if let Err(what) = given.take(&batch) {
-                    return breach(&what);
-                }
-                // A sidecar that is gone says so in the events.
-                let _ = to_sidecar.send(batch).await;
+                let taken = to_sidecar.digests(batch).await;
                 reader.resume();
-                continue;
+                taken.map(|()| true)
             }
             Ok(Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_))) => {
-                return breach("data, which only a server sends");
+                Err("data, which only a server sends".to_owned())
             }
             // A client may close as soon as it has the end, before the pump knows that it was written.
             Ok(None) if acks.are_over() => {
                 sleep(silence).await;
-                return Failure::new(FailureCode::Disconnected, format!("{peer} left without reading the end"));
+                return Ended::Over(gone("left without reading the end"));
             }
-            Ok(None) => {
-                return Failure::new(FailureCode::Disconnected, format!("{peer} left before its backup was done"));
-            }
+            Ok(None) => return Ended::Lost(gone("left before its backup was done")),
             Err(error) => return error.into(),
         };
-        let ack = match frame::decode_control::<Request>(&json) {
-            Ok(Request::Ack(ack)) => ack,
-            Ok(_) => return breach("a request in the middle of a session"),
-            Err(error) => return breach(&error.to_string()),
-        };
-        if let Err(what) = acks.take(&ack) {
-            return breach(&what);
+        match taken {
+            Ok(true) => {}
+            Ok(false) => return Ended::Over(gone("gave its backup up")),
+            Err(what) => {
+                let what = format!("{peer} broke the protocol: it sent {what}");
+                return Ended::Over(Failure::new(FailureCode::Protocol, what));
+            }
         }
-        // A sidecar that is gone says so in the events.
-        let _ = to_sidecar.send(ack);
     }
 }
 

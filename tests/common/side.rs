@@ -195,6 +195,11 @@ impl Side {
     }
 }
 
+/// Where its service listens.
+pub fn socket(side: &Side) -> PathBuf {
+    side.home.path().join("serve.sock")
+}
+
 /// A `livebackup serve` of one VM. Killed when dropped.
 pub struct Serve {
     child: Child,
@@ -209,12 +214,17 @@ impl Serve {
 
     /// As [`Serve::start`], with variables in its environment.
     pub fn start_with(side: &Side, options: &str, environment: &[(&str, &str)]) -> Serve {
+        Self::start_configured(side, "", options, environment)
+    }
+
+    /// As [`Serve::start_with`], with more lines at the configuration's head.
+    pub fn start_configured(side: &Side, head: &str, options: &str, environment: &[(&str, &str)]) -> Serve {
         let home = side.home.path();
         let config = home.join("serve.toml");
         let monitor = side.path("qmp");
         let text = format!(
-            "listen = \"unix:{}\"\nstate = \"{}\"\n[[vm]]\nname = \"vm1\"\nmonitor = \"qmp:{}\"\n{options}\n",
-            home.join("serve.sock").display(),
+            "{head}\nlisten = \"unix:{}\"\nstate = \"{}\"\n[[vm]]\nname = \"vm1\"\nmonitor = \"qmp:{}\"\n{options}\n",
+            socket(side).display(),
             side.state().display(),
             monitor.display()
         );
@@ -229,7 +239,7 @@ impl Serve {
 
     /// Waits until it has the running VM.
     pub fn wait_until_attached(&mut self, side: &Side) {
-        let source = format!("unix:{}/vm1", side.home.path().join("serve.sock").display());
+        let source = format!("unix:{}/vm1", socket(side).display());
         wait_until("the service to attach", || {
             assert!(self.child.try_wait().unwrap().is_none(), "serve ended: {}", self.log());
             let out = side.livebackup(&["status", &source]);
