@@ -17,6 +17,8 @@ use crate::wire::{Answer, Timing};
 
 /// How long a request waits for VMs that are being attached at the service's start.
 const FIRST_ATTACH_WITHIN: Duration = Duration::from_secs(10);
+/// How long an answer about a VM that is away waits for it to come back.
+const COMES_BACK_WITHIN: Duration = Duration::from_secs(1);
 /// What is said of such a VM.
 const STARTING: &str = "being attached";
 
@@ -73,6 +75,11 @@ impl Service {
         while self.all().values().any(|state| matches!(state, State::Starting))
             && tokio::time::Instant::now() < deadline
         {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // It may be coming back this very moment: its locks, by which clients find us, are taken before it can be used.
+        let deadline = tokio::time::Instant::now() + COMES_BACK_WITHIN;
+        while matches!(self.seen_by(caller).get(name), Some(State::Away(_))) && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         let all = self.seen_by(caller);

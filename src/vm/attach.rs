@@ -23,7 +23,14 @@ impl Vm {
         if let Some(holder) = place::holder_of(&monitor_text) {
             return Err(held(Some(holder)));
         }
-        let monitor = Monitor::connect(address).await.map_err(qemu_failed)?;
+        let monitor = match Monitor::connect(address).await {
+            Ok(monitor) => monitor,
+            // Somebody of ours may have come a moment before: by now it says so.
+            Err(error) => match place::holder_of(&monitor_text) {
+                Some(holder) => return Err(held(Some(holder))),
+                None => return Err(qemu_failed(error).into()),
+            },
+        };
         let process = monitor.peer_process().ok_or_else(|| {
             Failure::new(
                 FailureCode::Qemu,

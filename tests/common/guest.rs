@@ -65,6 +65,20 @@ impl GuestDisk {
         GuestDisk { name, format, size_bytes: 0, ext4: false, root: true }
     }
 
+    /// QEMU's arguments for it.
+    pub fn arguments(&self) -> [String; 4] {
+        let GuestDisk { name, format, .. } = self;
+        [
+            "-blockdev".into(),
+            format!(
+                "driver={format},node-name={name}-node,discard=unmap,\
+                 file.driver=file,file.filename=DIR/{name}.{format},file.discard=unmap"
+            ),
+            "-device".into(),
+            format!("virtio-blk-pci,drive={name}-node,id={name},serial={name}"),
+        ]
+    }
+
     /// File name of the image: `NAME.raw`, `NAME.qcow2`.
     pub fn file_name(&self) -> String {
         format!("{}.{}", self.name, self.format)
@@ -130,6 +144,19 @@ impl Guest {
 
     /// Boots with the images `NAME.FORMAT` of a directory that exists: a second start, or restored disks.
     pub fn boot_in(version: Version, dir: tempfile::TempDir, disks: &[GuestDisk], args: &[&str]) -> Guest {
+        Self::boot_by(None, version, dir, disks, args)
+    }
+
+    /// The same, by a program that takes QEMU's command line, like `livebackup run`: the guest is let go once the program
+    /// has its bitmaps on the disks.
+    pub fn boot_by(
+        by: Option<Command>,
+        version: Version,
+        dir: tempfile::TempDir,
+        disks: &[GuestDisk],
+        args: &[&str],
+    ) -> Guest {
+        let is_run = by.is_some();
         let files = guest_files();
         let mounts: Vec<_> = disks.iter().filter(|d| d.ext4).map(|d| d.name).collect();
         let mut line = "console=ttyS0 quiet panic=-1 tsc=reliable mitigations=off no_timer_check random.trust_cpu=on \
@@ -156,21 +183,12 @@ impl Guest {
         all.extend(["-kernel".into(), kernel.to_str().unwrap().into()]);
         all.extend(["-initrd".into(), initramfs.to_str().unwrap().into()]);
         all.extend(["-append".into(), line]);
-        for GuestDisk { name, format, .. } in disks {
-            all.extend([
-                "-blockdev".into(),
-                format!(
-                    "driver={format},node-name={name}-node,discard=unmap,\
-                     file.driver=file,file.filename=DIR/{name}.{format},file.discard=unmap"
-                ),
-                "-device".into(),
-                format!("virtio-blk-pci,drive={name}-node,id={name},serial={name}"),
-            ]);
-        }
+        all.extend(disks.iter().flat_map(GuestDisk::arguments));
         all.extend(args.iter().map(|a| (*a).to_owned()));
         let all: Vec<_> = all.iter().map(String::as_str).collect();
-        let mut qemu = Qemu::start_in(version, dir, &all);
+        let mut qemu = Qemu::start_by(by, version, dir, &all);
         let shell = Shell::connect(&qemu.path("shell"));
+        wait_until("the disks to be tracked", || !is_run || qemu.bitmaps().len() >= 2 * disks.len());
         qemu.qmp("cont", json!({}));
         let mut guest = Guest { qemu, shell, disks: disks.to_vec() };
         assert_eq!(guest.sh("echo up"), "up\n", "{}", guest.console());
@@ -180,6 +198,13 @@ impl Guest {
     /// What the guest wrote to its serial console.
     pub fn console(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.path("console.log")).unwrap_or_default()).into_owned()
+    }
+
+    /// The directory, for another start, once the guest has powered off.
+    pub fn powered_off(mut self) -> tempfile::TempDir {
+        let status = self.qemu.wait_for_exit();
+        assert!(status.success(), "{status}: {}", self.console());
+        self.qemu.into_dir()
     }
 
     /// The guest agent's socket.

@@ -82,6 +82,8 @@ pub struct Qemu {
     pub version: Version,
     pub dir: tempfile::TempDir,
     child: Child,
+    /// QEMU itself, where the child is a program that runs it.
+    pid: u32,
     monitor: Qmp,
 }
 
@@ -96,9 +98,21 @@ impl Qemu {
 
     /// As [`Qemu::start_with`], in a directory that exists: for a second start of the same machine.
     pub fn start_in(version: Version, dir: tempfile::TempDir, args: &[&str]) -> Qemu {
+        Self::start_by(None, version, dir, args)
+    }
+
+    /// As [`Qemu::start_in`], by a program that takes QEMU's command line as its last arguments.
+    pub fn start_by(by: Option<Command>, version: Version, dir: tempfile::TempDir, args: &[&str]) -> Qemu {
         let at = dir.path().to_str().unwrap();
         let log = std::fs::File::create(dir.path().join("qemu.log")).unwrap();
-        let mut command = Command::new(version.program("qemu-system-x86_64"));
+        let program = version.program("qemu-system-x86_64");
+        let mut command = by.map_or_else(
+            || Command::new(&program),
+            |mut by| {
+                by.arg(&program);
+                by
+            },
+        );
         command.args("-S -nodefaults -display none -accel tcg -m 64".split(' '));
         if !args.contains(&"-machine") {
             command.args(["-machine", "q35"]);
@@ -122,7 +136,8 @@ impl Qemu {
             })
         });
         let monitor = Qmp::connect(&socket);
-        Qemu { version, dir, child, monitor }
+        let pid = monitor.peer();
+        Qemu { version, dir, child, pid, monitor }
     }
 
     /// A QEMU with one virtio-blk disk `vd0` on node `disk0`, a raw image of `size_bytes`.
@@ -152,7 +167,22 @@ impl Qemu {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
+    }
+
+    /// Whether QEMU itself runs, whoever started it.
+    pub fn runs(&self) -> bool {
+        // Empty of a zombie; another process with its number does not know the directory.
+        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(self.dir.path().to_str().unwrap())
+    }
+
+    fn end(&mut self) {
+        if self.pid != self.child.id() && self.runs() {
+            self.signal(nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// A command on the test's own monitor; fails the test on an error reply.
@@ -222,19 +252,36 @@ impl Qemu {
 
     /// `kill -9`, and waits; the directory is given back for another start.
     pub fn kill(mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
+    }
+
+    /// Sends the program that runs it a signal.
+    pub fn signal_parent(&self, signal: nix::sys::signal::Signal) {
+        assert_ne!(self.pid, self.child.id(), "QEMU was started without one");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Kills the program that runs it.
+    pub fn kill_parent(&mut self) {
+        assert_ne!(self.pid, self.child.id(), "QEMU was started without one");
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Ends QEMU by `quit` and waits for its exit.
     pub fn quit(&mut self) {
-        let _ = self.monitor.send("quit", json!({}));
+        self.send_quit();
         self.child.wait().unwrap();
+    }
+
+    /// `quit`, and does not wait.
+    pub fn send_quit(&mut self) {
+        let _ = self.monitor.send("quit", json!({}));
     }
 
     /// Sends the process a signal.
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid as i32), signal).unwrap();
     }
 
     /// Waits until the process has ended.
@@ -245,16 +292,14 @@ impl Qemu {
 
     /// Ends it if it has not ended, and gives its directory back for another start.
     pub fn into_dir(mut self) -> tempfile::TempDir {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
         std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
     }
 }
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
         if std::thread::panicking() {
             let log = std::fs::read_to_string(self.dir.path().join("qemu.log")).unwrap_or_default();
             let tail: Vec<_> =
@@ -279,6 +324,12 @@ impl Qmp {
         assert!(me.read().get("QMP").is_some());
         me.call("qmp_capabilities", json!({}));
         me
+    }
+
+    /// The process at the other end.
+    fn peer(&self) -> u32 {
+        use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+        getsockopt(self.stream.get_ref(), PeerCredentials).unwrap().pid() as u32
     }
 
     fn read(&mut self) -> Value {

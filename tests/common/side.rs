@@ -56,10 +56,30 @@ impl Side {
 
     /// Starts QEMU, stopped (`-S`).
     pub fn start(&mut self) {
+        self.start_by(None);
+    }
+
+    /// The same, by a program that takes QEMU's command line.
+    pub fn start_by(&mut self, by: Option<Command>) {
         let args: Vec<_> = self.args.iter().map(String::as_str).collect();
-        let qemu = Qemu::start_in(self.version, self.dir.take().expect("not running"), &args);
+        let qemu = Qemu::start_by(by, self.version, self.dir.take().expect("not running"), &args);
         self.tiny = Some(Tiny::connect(qemu.dir.path()));
         self.qemu = Some(qemu);
+    }
+
+    /// Another QEMU has the machine from now on; gives the one before.
+    pub fn take_over(&mut self, qemu: Qemu) -> Qemu {
+        self.tiny = Some(Tiny::connect(qemu.dir.path()));
+        self.qemu.replace(qemu).expect("QEMU runs")
+    }
+
+    /// Waits until the disks have a bitmap each that records for livebackup.
+    pub fn wait_until_tracked(&mut self) {
+        wait_until("the disks to be tracked", || {
+            let bitmaps = self.qemu().bitmaps();
+            let ours = |node: &str| bitmaps.iter().any(|(on, name)| on == node && name.contains("livebackup"));
+            DISKS.iter().all(|(_, node, _)| ours(node))
+        });
     }
 
     /// The running QEMU.
@@ -116,8 +136,9 @@ impl Side {
     pub fn scatter(&mut self, rng: &mut Rng) {
         for disk in 0..2 {
             for _ in 0..1 + rng.below(6) {
-                let offset = rng.below(SIZE / 512) * 512;
-                let len = ((1 + rng.below(300)) * 512).min(SIZE - offset);
+                let size = self.models[disk].len() as u64;
+                let offset = rng.below(size / 512) * 512;
+                let len = ((1 + rng.below(300)) * 512).min(size - offset);
                 self.write_at(disk, offset, len, rng.below(256) as u8);
             }
         }
@@ -189,6 +210,22 @@ impl Side {
         }
     }
 
+    /// A full backup, so that there is much to transfer, in its midst: it is held up there.
+    pub fn hold_a_backup(&mut self) -> Held {
+        let go = self.home.path().join("go");
+        let _ = std::fs::remove_file(&go);
+        let mut command = livebackup();
+        command.arg("--json").arg("--state").arg(self.state());
+        command.args(["backup", &self.source()]).arg(self.repo()).args(["--level", "full"]);
+        command.env("LIVEBACKUP_PAUSE_AT", format!("backup.begun={}", go.display()));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        let is_ours = |node: &String| node.contains("livebackup") && node.contains("snap");
+        let qemu = self.qemu();
+        wait_until("the backup to transfer", || !qemu.exports().is_empty() && qemu.nodes().iter().any(is_ours));
+        Held { child, go }
+    }
+
     /// Tracking of the disks, as `status` says.
     pub fn tracking(&self) -> Vec<Value> {
         self.ok(&["status", &self.source()])["disks"].as_array().unwrap().clone()
@@ -200,10 +237,33 @@ pub fn socket(side: &Side) -> PathBuf {
     side.home.path().join("serve.sock")
 }
 
+/// A backup that is held up while it transfers, until it is let go.
+pub struct Held {
+    child: Child,
+    go: PathBuf,
+}
+
+impl Held {
+    /// Lets it go, and waits for its end.
+    pub fn let_go(self) -> std::process::Output {
+        std::fs::write(self.go, "").unwrap();
+        self.child.wait_with_output().unwrap()
+    }
+}
+
+/// What a disk of a report was read as: whole, and why; nothing where it was not.
+pub fn whole(report: &Value, disk: &str) -> Option<String> {
+    let all = report["disks"].as_array().unwrap_or_else(|| panic!("{report}"));
+    let taken = all.iter().find(|d| d["disk"] == disk).unwrap_or_else(|| panic!("{report}"));
+    taken.to_string().contains("reason").then(|| taken.to_string())
+}
+
 /// A `livebackup serve` of one VM. Killed when dropped.
 pub struct Serve {
     child: Child,
     log: PathBuf,
+    /// The VM, as a source.
+    pub source: String,
 }
 
 impl Serve {
@@ -219,13 +279,22 @@ impl Serve {
 
     /// As [`Serve::start_with`], with more lines at the configuration's head.
     pub fn start_configured(side: &Side, head: &str, options: &str, environment: &[(&str, &str)]) -> Serve {
-        let home = side.home.path();
-        let config = home.join("serve.toml");
-        let monitor = side.path("qmp");
+        Self::start_for("vm1", side.home.path(), &side.path("qmp"), (head, options), environment)
+    }
+
+    /// For any VM, at this monitor; its state is `HOME/state`. Lines for the configuration's head, and for the VM's table.
+    pub fn start_for(
+        vm: &str,
+        home: &Path,
+        monitor: &Path,
+        (head, options): (&str, &str),
+        environment: &[(&str, &str)],
+    ) -> Serve {
+        let (config, socket) = (home.join("serve.toml"), home.join("serve.sock"));
         let text = format!(
-            "{head}\nlisten = \"unix:{}\"\nstate = \"{}\"\n[[vm]]\nname = \"vm1\"\nmonitor = \"qmp:{}\"\n{options}\n",
-            socket(side).display(),
-            side.state().display(),
+            "{head}\nlisten = \"unix:{}\"\nstate = \"{}\"\n[[vm]]\nname = \"{vm}\"\nmonitor = \"qmp:{}\"\n{options}\n",
+            socket.display(),
+            home.join("state").display(),
             monitor.display()
         );
         std::fs::write(&config, text).unwrap();
@@ -234,19 +303,30 @@ impl Serve {
         let mut command = livebackup();
         command.args(["serve", "--config"]).arg(&config).stdin(Stdio::null());
         command.stdout(out.try_clone().unwrap()).stderr(out).envs(environment.iter().copied());
-        Serve { child: command.spawn().unwrap(), log }
+        let source = format!("unix:{}/{vm}", socket.display());
+        Serve { child: command.spawn().unwrap(), log, source }
     }
 
     /// Waits until it has the running VM.
-    pub fn wait_until_attached(&mut self, side: &Side) {
-        let source = format!("unix:{}/vm1", socket(side).display());
+    pub fn wait_until_attached(&mut self, _: &Side) {
+        self.wait();
+    }
+
+    /// The same, for any VM.
+    pub fn wait(&mut self) {
         wait_until("the service to attach", || {
             assert!(self.child.try_wait().unwrap().is_none(), "serve ended: {}", self.log());
-            let out = side.livebackup(&["status", &source]);
+            let out = self.status();
             let status: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
             let state = status["state"].as_str().unwrap_or("unreachable");
             out.status.success() && !status["qemu_version"].is_null() && !state.starts_with("unreachable")
         });
+    }
+
+    fn status(&self) -> std::process::Output {
+        let mut command = livebackup();
+        command.arg("--json").arg("--state").arg(self.log.with_file_name("state"));
+        command.args(["status", &self.source]).stdin(Stdio::null()).output().unwrap()
     }
 
     /// What it said.
