@@ -107,6 +107,24 @@ fn every_chunk_has_its_turn() {
     }
 }
 
+/// Differentials go on from one full point, and yet each looks at other chunks than the one before.
+#[test]
+fn differentials_get_round_too() {
+    let mut setting = Setting::new(Version::V10, 40);
+    setting.backup(&[]);
+    for (run_number, position) in [(1, 16), (2, 32)] {
+        setting.qemu.write(3 * CHUNK, 512, run_number);
+        setting.backup(&["--level", "differential"]);
+        let audit = setting.audit();
+        assert_eq!((audit["position"].as_u64(), audit["runs"].as_u64()), (Some(position), Some(run_number.into())));
+    }
+    // A write behind QEMU's back is found by the end of the next round.
+    setting.corrupt(0);
+    let found = (0..4).any(|_| setting.backup(&["--level", "differential"])["disks"][0]["taken"] == "scan");
+    assert!(found, "all chunks had their turn");
+    assert!(setting.restored("latest") == setting.image());
+}
+
 #[test]
 fn a_write_behind_qemus_back_is_found_scanned_and_told() {
     for version in VERSIONS {

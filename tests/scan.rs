@@ -328,6 +328,41 @@ fn a_full_backup_heals_a_damaged_tree() {
     heals(1, Way::Here, true);
 }
 
+/// An incremental finds the tree that it goes on from damaged, and becomes a scan.
+fn an_incremental_does_without(way: Way) {
+    let mut setting = Setting::new(Version::V10, way, SIZE);
+    setting.qemu.write(0, 20 * MIB, 3);
+    setting.backup(&[]);
+    damage(&packs(&setting.repo, 1));
+    setting.qemu.write(5 * MIB, 512, 7);
+    // Who asks for nothing else is told.
+    let refused = setting.command(&["backup", &setting.source, &setting.repo, "--level", "incremental"]);
+    let refused = { refused }.output().unwrap();
+    assert_eq!(refused.status.code(), Some(6), "{refused:?}");
+    let said = [&refused.stdout[..], &refused.stderr].map(String::from_utf8_lossy).concat();
+    assert!(said.contains("vd0") && said.contains("damaged") && said.contains("--level auto"), "{said}");
+    setting.qemu.write(6 * MIB, 512, 8);
+    let (report, _) = setting.backup(&[]);
+    assert_eq!(report["disks"][0]["taken"], "scan", "{report}");
+    assert!(report["disks"][0]["reason"].as_str().unwrap().contains("damaged"), "{report}");
+    assert!(report["warnings"].to_string().contains("damaged"), "{report}");
+    assert!(setting.restored("latest") == setting.image());
+    setting.qemu.write(7 * MIB, 512, 9);
+    let (report, _) = setting.backup(&["--level", "incremental"]);
+    assert_eq!(report["disks"][0]["taken"], "incremental", "{report}");
+    assert!(setting.restored("latest") == setting.image());
+}
+
+#[test]
+fn an_incremental_does_without_a_damaged_tree() {
+    an_incremental_does_without(Way::Here);
+}
+
+#[test]
+fn an_incremental_does_without_a_damaged_tree_over_tcp() {
+    an_incremental_does_without(Way::Tcp);
+}
+
 /// What a damaged node told of is sent, so that the new point is right though the old one is lost.
 #[test]
 fn a_scan_does_without_a_damaged_tree() {

@@ -23,6 +23,17 @@ pub enum BackupError {
         /// What is missing.
         reason: NotPossible,
     },
+    /// What a disk goes on from is damaged in the repository.
+    #[error(
+        "disk {disk:?} cannot go on from its last restore point, which is damaged: {source}; no restore point was made: \
+         `--level auto` compares the disk with what is left"
+    )]
+    BaseLost {
+        /// Which disk.
+        disk: String,
+        /// What cannot be read.
+        source: RepoError,
+    },
     /// The session's events ended before its end.
     #[error(
         "the sidecar ended the session without saying how; no restore point was made: look at its log, then run the \

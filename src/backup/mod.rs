@@ -15,7 +15,8 @@
 //!   interrupt.
 //! * **Never hope.** Where a disk's tracking was broken and an earlier point has it, the digests of that are given to the
 //!   sidecar, and what differs comes back. When an [audit](audit) finds tracking wrong, the points that rest on it are marked,
-//!   and the backup starts over at once, with a scan of that disk.
+//!   and the backup starts over at once, with a scan of that disk; so it does when the tree that a disk goes on from turns
+//!   out to be damaged.
 //! * **A lost connection** is the wire's business, as long as the sidecar holds the session ([`resume`](crate::wire::resume)).
 //!   Once it is gone, all begins anew, with another instant: what has been stored need not be stored again. Not for ever.
 //! * **Memory** is what the writer has in flight, and a few events.
@@ -109,14 +110,14 @@ async fn choose(
     sidecar: &mut Sidecar,
     repo: &Repository,
     options: &BackupOptions,
-    distrusted: Option<&Distrusted>,
+    distrusted: &[Distrusted],
 ) -> Result<(Plan, Begin), BackupError> {
     let (_machine, found) = sidecar.disks().await?;
     let points = points(repo, sidecar.vm()).await?;
     let chunk_bytes = repo.config().chunk_bytes;
     let mut plan = plan::choose(options.level, &points, &found, chunk_bytes)
         .map_err(|reason| BackupError::NotPossible { vm: sidecar.vm().to_owned(), level: options.level, reason })?;
-    if let Some(Distrusted { disk, reason }) = distrusted {
+    for Distrusted { disk, reason, .. } in distrusted {
         plan.distrust(disk, reason);
     }
     let begin = Begin {
@@ -143,7 +144,7 @@ pub async fn estimate(
     repo: Repository,
     options: BackupOptions,
 ) -> Result<Vec<Estimated>, BackupError> {
-    let (_plan, mut begin) = choose(&mut sidecar, &repo, &options, None).await?;
+    let (_plan, mut begin) = choose(&mut sidecar, &repo, &options, &[]).await?;
     // What it would cost is said even where it would be refused.
     begin.incremental_only = false;
     Ok(sidecar.estimate(begin).await?)
@@ -165,52 +166,43 @@ pub async fn run(
     let here = sidecar.here();
     let (again, vm) = (sidecar.again(), sidecar.vm().to_owned());
     let mut about = About { vm: vm.clone(), level: options.level.to_string(), point: None };
+    let mut distrusted = vec![];
     let mut stored = match program::before(&options.hooks, Phase::Backup, &about).await {
-        Ok(()) => store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await,
+        Ok(()) => store(sidecar, &repo, &options, &distrusted, &mut progress, &mut interrupted).await,
         Err(why) => Err(Failed { error: Failure::new(FailureCode::Refused, why).into(), plan: None }),
     };
-    let mut told = vec![];
-    while let (Err(Failed { error: BackupError::Sidecar(failure), .. }), true) = (&stored, told.len() < MAX_NEW_STARTS)
-        && failure.code == FailureCode::SessionGone
-        && let Some(again) = again.clone()
-    {
-        let warning = format!("{failure}; the backup was begun anew, with another instant");
-        tracing::warn!(%vm, "{warning}");
-        told.push(warning);
+    let (mut told, mut lost) = (vec![], 0);
+    while let Err(Failed { error, plan }) = &mut stored {
+        if let BackupError::Sidecar(failure) = &*error
+            && failure.code == FailureCode::SessionGone
+            && lost < MAX_NEW_STARTS
+        {
+            lost += 1;
+            let warning = format!("{failure}; the backup was begun anew, with another instant");
+            tracing::warn!(%vm, "{warning}");
+            told.push(warning);
+        } else if let Some(plan) = plan
+            && let Some(found) = doubt(&repo, &vm, error, plan, options.audit_permille > 0).await?
+        {
+            tracing::error!(%vm, "{}", found.told);
+            // Who asked for nothing but an incremental gets the failure.
+            let known = distrusted.iter().any(|before| before.disk == found.disk);
+            if known || options.level == LevelChoice::Incremental {
+                break;
+            }
+            told.push(found.told.clone());
+            distrusted.push(found);
+        } else {
+            break;
+        }
+        let Some(again) = again.clone() else { break };
         stored = match stoppable(&mut interrupted, async { Ok(again.open().await?) }).await {
-            Ok(sidecar) => store(sidecar, &repo, &options, None, &mut progress, &mut interrupted).await,
+            Ok(sidecar) => store(sidecar, &repo, &options, &distrusted, &mut progress, &mut interrupted).await,
             Err(error) => Err(error.into()),
         };
     }
     if let Ok(stored) = &mut stored {
         stored.warnings.append(&mut told);
-    }
-    if let Err(Failed { error: BackupError::Sidecar(failure), plan: Some(plan) }) = &mut stored
-        && failure.code == FailureCode::AuditMismatch
-        // Who was not asked for an audit has none to tell of.
-        && options.audit_permille > 0
-        && let Some(disk) = failure.disk.clone()
-    {
-        let reason = failure.message.clone();
-        let marked = distrust(&repo, &vm, &disk, plan, &reason).await?;
-        let distrusted = Distrusted { disk, reason: format!("an audit failed: {reason}") };
-        tracing::error!(%vm, "{}; {marked} restore points are marked as suspect", distrusted.reason);
-        // Who asked for nothing but an incremental gets the failure.
-        if let (Some(again), true) = (again, options.level != LevelChoice::Incremental) {
-            let reopened = stoppable(&mut interrupted, async { Ok(again.open().await?) }).await;
-            stored = match reopened {
-                Ok(sidecar) => {
-                    let some = Some(&distrusted);
-                    store(sidecar, &repo, &options, some, &mut progress, &mut interrupted).await
-                }
-                Err(error) => Err(error.into()),
-            };
-            if let Ok(stored) = &mut stored {
-                let are = if marked == 1 { "restore point of the VM is" } else { "restore points of the VM are" };
-                let told = format!("{}; {marked} {are} marked as suspect", distrusted.reason);
-                stored.warnings.push(told);
-            }
-        }
     }
     let mut report = match stored.map_err(|failed| failed.error) {
         Ok(stored) => manifest::commit(&repo, stored).await,
@@ -251,10 +243,13 @@ async fn asked_to_stop(interrupted: &mut watch::Receiver<bool>) {
     }
 }
 
-/// A disk whose tracking an audit found wrong.
+/// A disk that does not go on from the point before.
 struct Distrusted {
     disk: String,
+    /// Why: the reason of its scan.
     reason: String,
+    /// The same with what follows from it, for the operator.
+    told: String,
 }
 
 /// A backup that failed, with what it asked for, if it came so far.
@@ -266,6 +261,34 @@ struct Failed {
 impl<E: Into<BackupError>> From<E> for Failed {
     fn from(error: E) -> Self {
         Self { error: error.into(), plan: None }
+    }
+}
+
+/// Whether a backup failed by what one disk goes on from, and may start over without that. Where an audit found tracking
+/// wrong, the points that rest on it are marked; `audits` says whether one was asked for.
+async fn doubt(
+    repo: &Repository,
+    vm: &str,
+    error: &BackupError,
+    plan: &mut Plan,
+    audits: bool,
+) -> Result<Option<Distrusted>, BackupError> {
+    match error {
+        BackupError::BaseLost { disk, source } => {
+            let reason = format!("the restore point that it goes on from is damaged: {source}");
+            let told = format!("disk {disk}: {reason}");
+            Ok(Some(Distrusted { disk: disk.clone(), reason, told }))
+        }
+        // Who was not asked for an audit has none to tell of.
+        BackupError::Sidecar(failure) if failure.code == FailureCode::AuditMismatch && audits => {
+            let Some(disk) = failure.disk.clone() else { return Ok(None) };
+            let marked = distrust(repo, vm, &disk, plan, &failure.message).await?;
+            let reason = format!("an audit failed: {}", failure.message);
+            let are = if marked == 1 { "restore point of the VM is" } else { "restore points of the VM are" };
+            let told = format!("{reason}; {marked} {are} marked as suspect");
+            Ok(Some(Distrusted { disk, reason, told }))
+        }
+        _ => Ok(None),
     }
 }
 
@@ -287,7 +310,7 @@ async fn store(
     mut sidecar: Sidecar,
     repo: &Repository,
     options: &BackupOptions,
-    distrusted: Option<&Distrusted>,
+    distrusted: &[Distrusted],
     progress: &mut impl FnMut(Progress),
     interrupted: &mut watch::Receiver<bool>,
 ) -> Result<transfer::Stored, Failed> {

@@ -87,7 +87,7 @@ pub struct Base {
     pub epoch: Option<EpochId>,
     /// Its content of the disk.
     pub image: Image,
-    /// How far the disk's audit had come there.
+    /// How far the disk's audit has come.
     pub audit: Option<AuditRecord>,
     /// How many chunks were sent for it, if it was an incremental: a guess at what the next one needs.
     pub changed_chunks: Option<u64>,
@@ -165,7 +165,8 @@ pub fn choose(
                     whole.insert(reason, disk.name.clone());
                 }
                 None => {
-                    let (point, epoch, image, audit) = (point.id, kept.epoch, kept.image, kept.audit);
+                    let (point, epoch, image) = (point.id, kept.epoch, kept.image);
+                    let audit = last_audit(points, kept).or(kept.audit);
                     let changed_bytes = kept.read_bytes.saturating_sub(kept.same_bytes);
                     let was_incremental = matches!(kept.taken, Taken::Incremental { .. });
                     let changed_chunks = was_incremental.then(|| changed_bytes / u64::from(chunk_bytes));
@@ -193,6 +194,19 @@ pub fn choose(
 
 fn is_protectable(found: &FoundDisk) -> bool {
     found.verdict == Verdict::Protectable
+}
+
+/// How far the audit of a disk has come in its epoch. That may be later than what it goes on from: a round goes on from one
+/// differential to the next, else each would look at the same chunks.
+fn last_audit(points: &[Manifest], base: &PointDisk) -> Option<AuditRecord> {
+    let epoch = base.epoch?;
+    let same = |kept: &&PointDisk| {
+        let image = (kept.image.size_bytes, kept.image.chunk_bytes);
+        kept.disk.name == base.disk.name
+            && kept.epoch == Some(epoch)
+            && image == (base.image.size_bytes, base.image.chunk_bytes)
+    };
+    points.iter().rev().flat_map(|point| point.disks.iter().find(same)).find_map(|kept| kept.audit)
 }
 
 /// Why what was kept of a disk cannot be gone on from.

@@ -133,9 +133,19 @@ pub async fn run(
         done = work => done,
         () = acknowledge(durable, &acks, disks) => Err(BackupError::Panicked),
         failed = give_always(digests, again, reader, &compared) => Err(failed),
-    }?;
+    }
+    .map_err(|error| name_lost_base(error, &begun))?;
     let head = Head::default();
     Ok(Stored { head, begun, received, same, picked, plan, finished, files, totals, warnings, transfer, store })
+}
+
+/// Names the disk that cannot go on from its base.
+fn name_lost_base(error: BackupError, begun: &Begun) -> BackupError {
+    let BackupError::Repository(source) = error else { return error };
+    match source.base_lost().and_then(|index| begun.disks.get(index)) {
+        Some(lost) => BackupError::BaseLost { disk: lost.disk.name.clone(), source },
+        None => BackupError::Repository(source),
+    }
 }
 
 /// What was asked for.

@@ -158,6 +158,7 @@ fn of_backup(error: &BackupError) -> Option<Code> {
     match error {
         BackupError::Repository(error) => of_repository(error),
         BackupError::Sidecar(failure) => of_failure(failure.code),
+        BackupError::BaseLost { .. } => Some(Code::Damaged),
         BackupError::NotPossible { .. } => Some(Code::NotIncremental),
         BackupError::Interrupted => Some(Code::Interrupted),
         BackupError::Unfinished | BackupError::Contradiction(_) | BackupError::Panicked => None,

@@ -121,6 +121,14 @@ pub enum RepoError {
         /// What was looked for.
         digest: Digest,
     },
+    /// A part of what a disk goes on from cannot be read.
+    #[error("what disk {disk} goes on from cannot be read: {source}")]
+    BaseLost {
+        /// The writer's number of the disk.
+        disk: usize,
+        /// Why.
+        source: Box<RepoError>,
+    },
     /// Another backup of the same VM is running.
     #[error("another backup of {vm:?} into this repository is running: {holder}; wait for it or end it")]
     VmBusy {
@@ -178,6 +186,15 @@ impl RepoError {
             Self::Durable { error } => error.is_no_space(),
             Self::Failed(error) => error.is_no_space(),
             _ => false,
+        }
+    }
+
+    /// The writer's disk of which the base cannot be read, if it failed by that.
+    pub fn base_lost(&self) -> Option<usize> {
+        match self {
+            Self::BaseLost { disk, .. } => Some(*disk),
+            Self::Failed(error) => error.base_lost(),
+            _ => None,
         }
     }
 }

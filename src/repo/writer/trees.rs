@@ -46,7 +46,8 @@ pub(super) fn run(
         .map_err(|e| RepoError::Refused(format!("zstd cannot be set up: {e}")))?;
     let base = Reader::with_index(shared.layout.clone(), (*shared.index()).clone());
     let stored = HashSet::new();
-    let mut store = Store { shared, base, flusher, zstd, stored, broken: Vec::new(), open: None, tree_bytes: 0 };
+    let broken = Vec::new();
+    let mut store = Store { shared, base, disk: 0, flusher, zstd, stored, broken, open: None, tree_bytes: 0 };
     let mut builders: Vec<TreeBuilder> = Vec::new();
     let result = build(shared, messages, &mut store, &mut builders);
     if let Some(open) = store.open.take() {
@@ -71,15 +72,20 @@ fn build(
                 builders.push(TreeBuilder::healing(base, broken));
             }
             Message::Chunks { disk, first_chunk, digests } => {
+                store.disk = disk;
                 builders[disk].set(store, first_chunk, &digests)?;
             }
-            Message::Zero { disk, first_chunk, to_chunk } => builders[disk].zero(store, first_chunk, to_chunk)?,
+            Message::Zero { disk, first_chunk, to_chunk } => {
+                store.disk = disk;
+                builders[disk].zero(store, first_chunk, to_chunk)?;
+            }
         }
     }
     if !shared.is_finishing() {
         return Ok(());
     }
     for (disk, builder) in builders.drain(..).enumerate() {
+        store.disk = disk;
         let image = builder.finish(store)?;
         shared.finished(|finished| entry(&mut finished.disks, disk).image = image);
     }
@@ -91,6 +97,8 @@ fn build(
 struct Store<'a> {
     shared: &'a Shared,
     base: Reader,
+    /// Whose tree is being built.
+    disk: usize,
     flusher: &'a SyncSender<ToFlush>,
     zstd: zstd::bulk::Compressor<'static>,
     stored: HashSet<Digest>,
@@ -111,7 +119,7 @@ impl Store<'_> {
 
 impl NodeSource for Store<'_> {
     fn node(&self, digest: &Digest) -> Result<Node, RepoError> {
-        self.base.node(digest)
+        self.base.node(digest).map_err(|source| RepoError::BaseLost { disk: self.disk, source: Box::new(source) })
     }
 }
 
