@@ -46,7 +46,7 @@ fn a_closed_epoch_opens_and_is_written_as_it_was() {
         no_stamp: None,
     };
     let epoch = log.epoch().unwrap().clone();
-    assert_eq!(epoch.medium, Some(Medium { options: None, layers: vec![layer] }));
+    assert_eq!(epoch.medium, Some(Medium { layers: vec![layer], ..Medium::default() }));
     assert_eq!(epoch.closed, Some(closed.clone()));
 
     let (mut old, dir) = opened("epoch-before-stamps.json", |_| ());

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::side::*;
+use common::side::{self, *};
 use common::*;
 use serde_json::json;
 
@@ -40,11 +40,9 @@ fn on(side: &mut Side, serve: &mut Serve, rng: &mut Rng) {
     side.scatter(rng);
 }
 
-/// What a disk of a report was read as: whole, and why.
+/// As [`side::whole`], by number.
 fn whole(report: &serde_json::Value, disk: usize) -> Option<String> {
-    let all = report["disks"].as_array().unwrap_or_else(|| panic!("{report}"));
-    let taken = all.iter().find(|d| d["disk"] == DISKS[disk].0).unwrap_or_else(|| panic!("{report}"));
-    taken.to_string().contains("reason").then(|| taken.to_string())
+    side::whole(report, DISKS[disk].0)
 }
 
 /// Writes one block into the raw disk's file as another program would.
@@ -405,4 +403,31 @@ fn an_external_snapshot_and_its_commit() {
     assert!(whole(&report, 0).is_some_and(|w| w.contains("top node")), "{report}");
     side.scatter(&mut rng);
     side.backup("incremental");
+}
+
+/// QEMU stays when the guest has powered off, and something writes to its disks after the last bitmaps were taken.
+#[test]
+fn a_disk_that_was_written_to_in_a_qemu_that_stays() {
+    for version in VERSIONS {
+        let mut rng = Rng::new();
+        let mut side = Side::new(version);
+        side.args.push("-no-shutdown".into());
+        side.start();
+        let mut serve = Serve::start(&side, HARVEST);
+        serve.wait_until_attached(&side);
+        side.cont();
+        side.scatter(&mut rng);
+        side.backup("auto");
+        side.tiny().power_off();
+        wait_until("the bitmaps to be taken", || side.tracking().iter().all(|d| d["checkpoint_number"] == 2));
+        side.write_at(0, 4 << 20, 4096, 0x5a);
+        side.qemu().quit();
+        side.ended();
+        on(&mut side, &mut serve, &mut rng);
+        let report = side.backup("auto");
+        assert!(whole(&report, 0).is_some_and(|w| w.contains("after the guest had powered off")), "{report}");
+        assert_eq!(whole(&report, 1), None, "nobody wrote to the other disk: {report}");
+        side.scatter(&mut rng);
+        side.backup("incremental");
+    }
 }

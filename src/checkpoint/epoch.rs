@@ -6,7 +6,7 @@
 //! ```
 //!
 //! `epoch.medium`, `epoch.closed` and `epoch.kept` may be missing, as in files from before there were stamps, or persistent
-//! bitmaps.
+//! bitmaps; `epoch.medium.migration` where no migration had ended.
 //!
 //! The file moves the log's head: a checkpoint counts once `epoch.last` names it. It is JSON for the operator's eyes, and
 //! has a checksum because a turned digit would be believed otherwise.

@@ -37,6 +37,10 @@ pub struct Medium {
     pub options: Option<String>,
     /// The layers.
     pub layers: Vec<Layer>,
+    /// How the last migration of this QEMU's virtual machine ended, in its words and times, if there was one: after it
+    /// another QEMU may have had the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
 }
 
 impl Medium {
@@ -198,7 +202,7 @@ mod tests {
             filename: "/a".into(),
             file: file.map(|inode| FileNumbers { dev: 1, inode }),
         };
-        let medium = |file| Medium { options: None, layers: vec![layer(file)] };
+        let medium = |file| Medium { layers: vec![layer(file)], ..Medium::default() };
         assert_eq!(medium(Some(1)).difference(&medium(Some(1))), None);
         assert_eq!(medium(None).difference(&medium(Some(1))), None);
         assert!(medium(Some(2)).difference(&medium(Some(1))).unwrap().contains("not the same file"));
@@ -214,7 +218,7 @@ mod tests {
         let medium = |dev, inode| {
             let file = Some(FileNumbers { dev, inode });
             let (format, protocol, filename) = ("qcow2".into(), "file".into(), "/a".into());
-            Medium { options: None, layers: vec![Layer { format, protocol, filename, file }] }
+            Medium { layers: vec![Layer { format, protocol, filename, file }], ..Medium::default() }
         };
         let same = |now: &Medium, then: &Medium, boot| now.is_another_image(then, boot).is_none();
         assert!(same(&medium(1, 2), &medium(1, 2), true));

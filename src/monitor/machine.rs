@@ -59,6 +59,26 @@ pub async fn run_state(monitor: &Monitor) -> Result<String, MonitorError> {
         .ok_or_else(|| MonitorError::Reply { command: "query-status".into(), reason: format!("no status in {status}") })
 }
 
+/// How the last migration from or to this QEMU ended, in its words and times; none where there was none, or one runs. Two
+/// that ended alike may look the same.
+pub async fn migration(monitor: &Monitor) -> Option<String> {
+    match monitor.raw("query-migrate", Value::Null).await {
+        Ok(info) => ended_migration(&info),
+        // Nothing is known, so nothing may be believed.
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+fn ended_migration(info: &Value) -> Option<String> {
+    let status = info.get("status")?.as_str()?;
+    if !["completed", "failed", "cancelled"].contains(&status) {
+        return None;
+    }
+    let time = |name: &str| Some(format!(", {name} {} ms", info.get(name)?.as_u64()?));
+    let times = ["total-time", "downtime"].into_iter().filter_map(time);
+    Some(std::iter::once(status.to_owned()).chain(times).collect())
+}
+
 /// The arguments of a process. A byte that is not UTF-8 becomes U+FFFD.
 fn command_line(pid: i32) -> Vec<String> {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -135,6 +155,21 @@ mod tests {
             ("", ""),
         ] {
             assert_eq!(without_secret(before), after);
+        }
+    }
+
+    #[test]
+    fn a_migration_that_ended_is_told_of() {
+        for (info, told) in [
+            (json!({}), None),
+            (json!({"status": "active", "total-time": 3}), None),
+            (json!({"status": "cancelled"}), Some("cancelled")),
+            (
+                json!({"status": "completed", "total-time": 30, "downtime": 7}),
+                Some("completed, total-time 30 ms, downtime 7 ms"),
+            ),
+        ] {
+            assert_eq!(ended_migration(&info).as_deref(), told);
         }
     }
 

@@ -39,6 +39,6 @@ pub use address::{Address, BadAddress};
 pub use capability::{Capabilities, probe};
 pub use client::Monitor;
 pub use error::MonitorError;
-pub use machine::{machine, run_state};
+pub use machine::{machine, migration, run_state};
 pub use message::{Event, Version, fuzz};
 pub use process::Process;

@@ -209,9 +209,23 @@ async fn attached(
         Err(served) => return Err(Failure::new(FailureCode::Busy, served.to_string())),
     };
     if !asked.incoming {
-        vm.track_all().await?;
+        track(&vm, asked).await?;
     }
     Ok(Some((vm, listener)))
+}
+
+/// Tracks all disks from here on. Once more if that fails: somebody may have changed one at the same time.
+async fn track(vm: &Vm, asked: &Asked) -> Result<(), Failure> {
+    let Err(first) = vm.track_all().await else { return Ok(()) };
+    tracing::warn!("trying again: {first}");
+    match vm.track_all().await {
+        // The guest was let go by its owner: it is not ended for this. The next backup begins to track.
+        Err(failure) if asked.stopped && !vm.is_before_start().await => {
+            tracing::error!("the disks are not tracked until the next backup: {failure}");
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 /// Serves the VM and keeps it until QEMU has ended.

@@ -62,10 +62,13 @@ impl Vm {
             let open = OpenFiles::of(pid);
             subjects.into_iter().map(|(name, s)| (name, medium::look(pid, &open, &s))).collect::<BTreeMap<_, _>>()
         });
-        looked.await.unwrap_or_else(|_| {
+        let mut media: BTreeMap<String, Medium> = looked.await.unwrap_or_else(|_| {
             // Names without numbers: they still tell a node that has something else open.
             names.into_iter().map(|(name, s)| (name, medium::look(-1, &OpenFiles::default(), &s))).collect()
-        })
+        });
+        let migration = monitor::migration(self.monitor()).await;
+        media.values_mut().for_each(|medium| medium.migration.clone_from(&migration));
+        media
     }
 
     /// Carries epochs over to this QEMU, where there is proof.
@@ -74,7 +77,7 @@ impl Vm {
         if std::fs::read_dir(&self.inner.place.disks).is_ok_and(|mut d| d.next().is_none()) {
             return Ok(());
         }
-        let graph = self.graph().await?;
+        let graph = self.graph_with_sharers().await?;
         let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
         let mut doubts = BTreeMap::new();
         let mut harvester = None;
@@ -139,6 +142,8 @@ impl Vm {
             }
         });
         let looked = looked.await.and_then(|found| found);
+        let migration = monitor::migration(monitor).await;
+        let looked = looked.map(|medium| Medium { migration, ..medium });
         let compared = looked.as_ref().map(drop).map_err(Clone::clone);
         let with_bitmap = self.graph().await.map_err(|e| words(&e))?;
         let bench = Bench { graph: &with_bitmap, ..bench };
@@ -193,7 +198,9 @@ impl Vm {
     pub async fn track_all(&self) -> Result<(), Failure> {
         let _guard = self.claim()?;
         let (monitor, names) = (self.monitor(), self.names());
-        let graph = self.graph().await?;
+        // A try before may have left something.
+        self.clean_up_now().await?;
+        let graph = self.graph_with_sharers().await?;
         let run_state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
         let media = self.media(&graph).await;
         let nothing = Medium::default();

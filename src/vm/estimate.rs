@@ -16,7 +16,7 @@ impl Vm {
         let work = tokio::spawn(async move {
             vm.clean_up_now().await?;
             vm.carry_over().await?;
-            let graph = vm.graph().await?;
+            let graph = vm.graph_with_sharers().await?;
             let plans = vm.plans(&begin, &graph).await?;
             let result = vm.estimates(&plans, u64::from(begin.chunk_bytes)).await;
             vm.clean_up_now().await?;

@@ -117,6 +117,8 @@ pub enum Doubt {
     },
     /// The same node has something else open.
     Medium(String),
+    /// A migration has ended in this QEMU.
+    Migrated(String),
     /// Somebody switched our bitmap off.
     Stopped,
     /// Somebody removed our bitmap.
@@ -175,6 +177,10 @@ impl fmt::Display for Doubt {
                 "the disk's top node is now {now:?} and was {then:?}: a snapshot, a copy or a commit changed its chain"
             ),
             Doubt::Medium(what) => write!(f, "the disk's medium was exchanged in the running virtual machine: {what}"),
+            Doubt::Migrated(how) => write!(
+                f,
+                "the virtual machine was migrated, or that was tried ({how}), so another QEMU may have written to the disk"
+            ),
             Doubt::Stopped => f.write_str("our bitmap in QEMU was switched off by somebody"),
             Doubt::Missing => f.write_str("our bitmap is gone from QEMU: somebody removed it"),
             Doubt::Shrunk => {
@@ -182,6 +188,16 @@ impl fmt::Display for Doubt {
             }
         }
     }
+}
+
+/// Why no backup is taken in a run state: another QEMU has the disks, or may have them the next moment.
+pub fn elsewhere(run_state: &str) -> Option<String> {
+    ["inmigrate", "finish-migrate", "postmigrate"].contains(&run_state).then(|| {
+        format!(
+            "the virtual machine is being migrated (QEMU is in the state {run_state:?}), and its disks are another QEMU's \
+             now or soon: back it up where it runs"
+        )
+    })
 }
 
 /// Whether the epoch goes on, and by which proof; if not, why not.
@@ -202,6 +218,11 @@ pub fn decide(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
     }
     if epoch.node != seen.node {
         return Err(Doubt::Node { then: epoch.node.clone(), now: seen.node.to_owned() });
+    }
+    if let Some(then) = &epoch.medium
+        && seen.medium.migration != then.migration
+    {
+        return Err(Doubt::Migrated(seen.medium.migration.clone().unwrap_or_else(|| "it is forgotten".to_owned())));
     }
     if let Some(difference) = epoch.medium.as_ref().and_then(|then| seen.medium.difference(then)) {
         return Err(Doubt::Medium(difference));
@@ -281,7 +302,7 @@ mod tests {
     fn medium(inode: u64) -> Medium {
         let file = Some(FileNumbers { dev: 1, inode });
         let layer = Layer { format: "raw".into(), protocol: "file".into(), filename: "/a".into(), file };
-        Medium { options: None, layers: vec![layer] }
+        Medium { layers: vec![layer], ..Medium::default() }
     }
 
     fn epoch() -> Epoch {
@@ -320,9 +341,10 @@ mod tests {
             shared in prop::bool::weighted(0.2), sentinel in prop::bool::weighted(0.7),
             inode in prop::sample::select(vec![7, 7, 8]), bitmap in prop::sample::select(BITMAPS.to_vec()),
             end in 0..3u8, compared in 0..3u8, keeps in prop::bool::weighted(0.8), kept: bool,
+            migrated in prop::bool::weighted(0.2),
         ) {
             let qemu = instance(pid, &boot);
-            let medium = medium(inode);
+            let medium = Medium { migration: migrated.then(|| "completed".to_owned()), ..medium(inode) };
             let stamp = match compared { 0 => None, 1 => Some(Err("x".to_owned())), _ => Some(Ok(())) };
             let seen = Seen {
                 qemu: &qemu, run_state: state, node, size_bytes: size, shared: shared.then_some("x"), medium: &medium,
@@ -334,7 +356,7 @@ mod tests {
             let fine = matches!(state, "running" | "paused" | "prelaunch" | "shutdown") && !shared && size == 1 << 20;
             let same = pid == 1 && boot == "a";
             let expected = if same {
-                let all = node == "disk0" && inode == 7 && sentinel
+                let all = node == "disk0" && inode == 7 && sentinel && !migrated
                     && matches!(bitmap, Recording::Unbroken | Recording::Stored);
                 (fine && all).then_some(Proof::SameProcess)
             } else if bitmap == Recording::Stored {

@@ -79,7 +79,7 @@ impl OpenFiles {
 }
 
 /// Numbers of a regular file or block device.
-fn numbers(about: &fs::Metadata) -> Option<FileNumbers> {
+pub(super) fn numbers(about: &fs::Metadata) -> Option<FileNumbers> {
     if about.file_type().is_block_device() {
         return Some(FileNumbers { dev: 0, inode: about.rdev() });
     }
@@ -112,6 +112,12 @@ impl Subject {
     }
 }
 
+/// The numbers of a disk's files, as far as they are files or devices. Blocks on files.
+pub(super) fn numbers_of(pid: i32, subject: &Subject) -> Vec<FileNumbers> {
+    let layers = subject.chain.iter().take(MAX_LAYERS);
+    layers.filter_map(|layer| numbers(&fs::metadata(inside(pid, &layer.filename)).ok()?)).collect()
+}
+
 /// What a disk is made of now. Blocks on files.
 pub fn look(pid: i32, open: &OpenFiles, subject: &Subject) -> Medium {
     let layers = subject.chain.iter().take(MAX_LAYERS).map(|layer| {
@@ -123,7 +129,7 @@ pub fn look(pid: i32, open: &OpenFiles, subject: &Subject) -> Medium {
             file: file.filter(|file| open.descriptor(*file).is_some()),
         }
     });
-    Medium { options: subject.options.clone(), layers: layers.collect() }
+    Medium { options: subject.options.clone(), layers: layers.collect(), migration: None }
 }
 
 /// The files of a disk, held so that they can be looked at after QEMU's exit.
@@ -233,7 +239,11 @@ fn has_honest_times(file: &File, lazy: &LazyMounts) -> Result<(), String> {
 }
 
 impl HeldMedium {
-    fn look(&self) -> Result<Stamp, String> {
+    /// The files as they stand now. Blocks on files.
+    ///
+    /// # Errors
+    /// Why that cannot be seen, to be read after "the medium".
+    pub fn look(&self) -> Result<Stamp, String> {
         let stamp = |held: &HeldFile| {
             let about = held.file.metadata().map_err(|e| format!("cannot be looked at: {}: {e}", held.filename))?;
             let time_ns = |seconds: i64, ns: i64| seconds.checked_mul(1_000_000_000).and_then(|t| t.checked_add(ns));

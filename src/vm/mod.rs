@@ -53,6 +53,7 @@ pub mod scratch;
 mod select;
 mod sending;
 mod session;
+mod sharers;
 mod status;
 pub mod tracking;
 pub mod transfer;
@@ -288,6 +289,9 @@ impl Vm {
     /// What is decided for each disk, changing nothing.
     async fn plans(&self, begin: &Begin, graph: &Graph) -> Result<Vec<(Plan, Option<String>)>, Failure> {
         let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
+        if let Some(why) = evidence::elsewhere(&run_state) {
+            return Err(Failure::new(FailureCode::Busy, why));
+        }
         let mut media = self.media(graph).await;
         let bench = Bench { names: self.names(), graph, qemu: &self.inner.qemu, run_state: &run_state };
         let mut plans: Vec<(Plan, Option<String>)> = vec![];

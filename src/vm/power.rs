@@ -13,6 +13,8 @@
 //!
 //! * **QEMU ends in any case**: each step has a time limit, and `quit` follows whatever became of them. If we die, the
 //!   guardian owes it. A QEMU that was started to stay (`-no-shutdown`) is left to stay; its bitmaps are taken too.
+//! * **A QEMU that stays** may have something else write to its disks after the bitmaps were taken (an export, a job): the
+//!   files must stand at its end as they stood then.
 //! * **A reset is no end**: the state is looked at before `quit`, and a guest that runs again goes on being tracked.
 //! * **What cannot be taken is said**: after `quit` from elsewhere, a signal or a crash nothing can be read any more. The
 //!   epoch ends then and there, with that reason.
@@ -34,7 +36,8 @@ use super::medium::{self, HeldMedium, Subject};
 use super::tracking::{self, Bench};
 use super::undo::{self, Debt, Debts};
 use super::{Vm, carry, fleece, internal, persist, qemu_failed};
-use crate::checkpoint::{Closed, Log, Sealed};
+use crate::checkpoint::{Closed, Log, Sealed, Stamp};
+use crate::machine::Verdict;
 use crate::monitor::{self, Event, Process};
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
 use crate::wire::message::{Failure, FailureCode};
@@ -89,6 +92,17 @@ struct TakenDisk {
     epoch: EpochId,
     last: CheckpointId,
     held: Result<HeldMedium, String>,
+    /// How the files stood when the bitmap was taken.
+    stood: Result<Stamp, String>,
+}
+
+/// How QEMU came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By our `quit`, at once after the last bitmaps were taken.
+    Ours,
+    /// Later, or by somebody else.
+    Others,
 }
 
 /// A disk on the way to be taken.
@@ -189,12 +203,13 @@ impl Vm {
                 }
             }
         }
-        let words = match (why, quitting) {
+        let words = match (why.filter(|_| taken.is_some()), quitting) {
             (Some(why), _) => why,
             (None, true) => "the virtual machine ran on after its last bitmaps were taken".to_owned(),
             (None, false) => words_for(cause.as_deref()),
         };
-        let gone = self.write_ends(taken, &words).await;
+        let end = if quitting { End::Ours } else { End::Others };
+        let gone = self.write_ends(taken, end, &words).await;
         if let Some(guardian) = hold {
             self.settle_hold(guardian).await;
         }
@@ -252,6 +267,11 @@ impl Vm {
     /// Lets the guest of a QEMU that was started stopped go.
     pub async fn let_run(&self) -> Result<(), Failure> {
         self.monitor().raw("cont", json!({})).await.map(drop).map_err(qemu_failed)
+    }
+
+    /// Whether the guest of a QEMU that was started stopped has not been let go yet.
+    pub async fn is_before_start(&self) -> bool {
+        monitor::run_state(self.monitor()).await.is_ok_and(|state| state == "prelaunch")
     }
 
     /// Takes [`Vm::hold`] back. False when the guest has powered off at this very moment: QEMU is still there then.
@@ -333,7 +353,8 @@ impl Vm {
             let Some(epoch) = disk.log.epoch() else { continue };
             let (pid, subject) = (self.inner.qemu.pid, disk.subject);
             let held = carry::on_files(move || medium::hold(pid, &subject)).await.and_then(|held| held);
-            taken.disks.insert(disk.dir, TakenDisk { epoch: epoch.id, last: disk.next, held });
+            let stood = held.as_ref().map_err(Clone::clone).and_then(HeldMedium::look);
+            taken.disks.insert(disk.dir, TakenDisk { epoch: epoch.id, last: disk.next, held, stood });
         }
         Ok(())
     }
@@ -341,7 +362,7 @@ impl Vm {
     /// The disks whose epoch goes on in this QEMU.
     async fn leaving(&self) -> Result<Vec<Leaving>, Failure> {
         let (monitor, names) = (self.monitor(), self.names());
-        let graph = self.graph().await?;
+        let graph = self.graph_with_sharers().await?;
         let run_state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
         let mut others: Vec<_> = graph.foreign.iter().map(ToString::to_string).collect();
         let exports = monitor.raw("query-block-exports", json!({})).await.map_err(qemu_failed)?;
@@ -354,7 +375,9 @@ impl Vm {
         let media = self.media(&graph).await;
         let bench = Bench { names, graph: &graph, qemu: &self.inner.qemu, run_state: &run_state };
         let mut found = vec![];
-        for (index, disk) in carry::trackable(&graph).enumerate() {
+        // One that others may write to is among them: its epoch ends here, with that reason.
+        let writable = graph.disks.iter().filter(|d| d.verdict == Verdict::Protectable && !d.disk.read_only);
+        for (index, disk) in writable.map(|found| &found.disk).enumerate() {
             let dir = tracking::log_dir(&self.inner.place.disks, &disk.name)?;
             let mut log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
             let (Some(old), Some(medium)) = (log.last(), media.get(&disk.name)) else { continue };
@@ -400,7 +423,7 @@ impl Vm {
 
     /// After the monitor's end: waits for QEMU's exit, and writes down for every disk how its tracking ended. `why` is for
     /// those whose last bitmap was not taken. Gives whether QEMU has ended.
-    async fn write_ends(&self, taken: Option<Taken>, why: &str) -> bool {
+    async fn write_ends(&self, taken: Option<Taken>, end: End, why: &str) -> bool {
         let (disks, _guard) = match taken {
             Some(taken) => (taken.disks, taken.guard),
             None => (BTreeMap::new(), None),
@@ -425,7 +448,7 @@ impl Vm {
         let name = self.inner.name.clone();
         let closing = move || {
             for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
-                let result = close_log(&entry.path(), &qemu, disks.get(&entry.path()), &why);
+                let result = close_log(&entry.path(), &qemu, disks.get(&entry.path()), end, &why);
                 if let Err(error) = result {
                     tracing::error!(vm = name, "the end of tracking could not be written down: {error}");
                 }
@@ -441,6 +464,7 @@ fn close_log(
     dir: &std::path::Path,
     qemu: &crate::checkpoint::QemuInstance,
     taken: Option<&TakenDisk>,
+    end: End,
     why: &str,
 ) -> Result<(), crate::checkpoint::LogError> {
     let mut log = Log::open(dir)?;
@@ -448,6 +472,15 @@ fn close_log(
     match taken.filter(|t| t.epoch == epoch.id && t.last == epoch.last) {
         Some(taken) => {
             let stamp = taken.held.as_ref().map_err(Clone::clone).and_then(HeldMedium::stamp);
+            let stamp = stamp.and_then(|stamp| match (end, &taken.stood) {
+                // QEMU itself may write to a file's header when it closes it.
+                (End::Ours, _) => Ok(stamp),
+                (End::Others, Ok(stood)) if stamp.difference(stood).is_none() => Ok(stamp),
+                (End::Others, Ok(_)) => {
+                    Err("was changed after the guest had powered off, in the QEMU that stayed".to_owned())
+                }
+                (End::Others, Err(why)) => Err(why.clone()),
+            });
             let (stamp, no_stamp) = match stamp {
                 Ok(stamp) => (Some(stamp), None),
                 Err(why) => (None, Some(why)),

@@ -15,7 +15,7 @@ use crate::wire::message::{Failure, SessionStatus, TrackingStatus, VmStatus};
 impl Vm {
     /// State for people and programs.
     pub async fn status(&self) -> VmStatus {
-        let (state, graph) = match (monitor::run_state(self.monitor()).await, self.graph().await) {
+        let (state, graph) = match (monitor::run_state(self.monitor()).await, self.graph_with_sharers().await) {
             (Ok(state), Ok(graph)) => (state, Some(graph)),
             (Ok(state), Err(_)) => (state, None),
             (Err(e), _) => (format!("unreachable: {e}"), None),

@@ -336,11 +336,24 @@ async fn take_out(monitor: &Monitor, filter: &str) -> Result<Option<String>, Mon
             && let (Some(qdev), Some(below)) = (device["qdev"].as_str(), &below)
         {
             let path = qom_path(qdev);
-            monitor.raw("qom-set", json!({"path": path, "property": "drive", "value": below})).await?;
+            let set = monitor.raw("qom-set", json!({"path": path, "property": "drive", "value": below})).await;
+            match set {
+                // Pulled out meanwhile: nobody is left to get the disk back.
+                Err(e) if e.refusal().is_some() && is_gone(monitor, &path).await? => {}
+                other => drop(other?),
+            }
             crate::fault::point("undo.out");
         }
     }
     Ok(below)
+}
+
+/// Whether there is no such object (any more).
+async fn is_gone(monitor: &Monitor, path: &str) -> Result<bool, MonitorError> {
+    match monitor.raw("qom-list", json!({"path": path})).await {
+        Err(e) if e.refusal().is_some() => Ok(true),
+        other => other.map(|_| false),
+    }
 }
 
 /// The full path of the object that owns a drive, from what `query-block` calls it.
