@@ -151,8 +151,15 @@ fn begun() -> Begun {
         shared: None,
     };
     let taken = Taken::Full { reason: "first".into() };
-    let disks =
-        vec![BegunDisk { disk, checkpoint: None, epoch: None, taken, needed_bytes: TOTAL_BYTES, audited_chunks: 0 }];
+    let disks = vec![BegunDisk {
+        disk,
+        checkpoint: None,
+        epoch: None,
+        taken,
+        needed_bytes: TOTAL_BYTES,
+        audited_chunks: 0,
+        areas: None,
+    }];
     Begun {
         machine: Machine::default(),
         instant: jiff::Timestamp::now(),

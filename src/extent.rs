@@ -41,6 +41,21 @@ impl Extent {
         self.offset_bytes.checked_add(self.len_bytes).is_some_and(|end| end <= size_bytes)
     }
 
+    /// What two ranges have in common, if anything.
+    pub fn shared(self, other: Self) -> Option<Self> {
+        let (start, end) = (self.offset_bytes.max(other.offset_bytes), self.end().min(other.end()));
+        (start < end).then(|| Self::between(start, end))
+    }
+
+    /// The whole chunks of a disk that lie inside this range; the last chunk of the disk may be a short one. `None` where
+    /// there is none.
+    pub fn whole_chunks(self, chunk_bytes: u64, size_bytes: u64) -> Option<Self> {
+        let start = self.offset_bytes.checked_next_multiple_of(chunk_bytes)?;
+        let end = self.end().min(size_bytes);
+        let end = if end == size_bytes { end } else { end / chunk_bytes * chunk_bytes };
+        (start < end).then(|| Self::between(start, end))
+    }
+
     /// The pieces of this range that do not cross a multiple of `boundary_bytes` (> 0), in order.
     pub fn split_at_multiples(self, boundary_bytes: u64) -> impl Iterator<Item = Extent> {
         let end = self.end();
@@ -79,6 +94,24 @@ mod tests {
                 at = piece.end();
             }
             assert_eq!(at, whole.end());
+        }
+    }
+
+    #[test]
+    fn what_is_inside_and_what_is_shared() {
+        let between = Extent::between;
+        assert_eq!(between(0, 8).shared(between(4, 12)), Some(between(4, 8)));
+        assert_eq!(between(0, 8).shared(between(8, 12)), None);
+        for (from, to, size, chunks) in [
+            (0, 8, 100, Some((0, 8))),
+            (1, 16, 100, Some((4, 16))),
+            (3, 7, 100, None),
+            (5, 99, 99, Some((8, 99))),
+            (5, 98, 99, Some((8, 96))),
+            (98, u64::MAX, 99, None),
+            (96, u64::MAX, 99, Some((96, 99))),
+        ] {
+            assert_eq!(between(from, to).whole_chunks(4, size), chunks.map(|(a, b)| between(a, b)), "{from}..{to}");
         }
     }
 

@@ -34,11 +34,12 @@
 //! vm
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
-//! machine grade impact pki
-//! block direct durable extent fault limits units
+//! area machine grade impact pki
+//! block direct durable extent fault limits partition units
 //! ```
 
 pub mod agent;
+pub mod area;
 pub mod backup;
 pub mod block;
 pub mod checkpoint;
@@ -54,6 +55,7 @@ pub mod limits;
 pub mod machine;
 pub mod monitor;
 pub mod nbd;
+pub mod partition;
 pub mod pki;
 pub mod repo;
 pub mod restore;

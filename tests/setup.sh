@@ -20,7 +20,7 @@ version=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator ve
 qemu=
 if [ "${version:-0}" -lt 10 ] || ! command -v qemu-img >/dev/null; then qemu="qemu-system-x86 and qemu-utils from bookworm-backports"; fi
 missing=()
-for p in libnbd-bin nbdkit mmdebstrap cpio busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
+for p in libnbd-bin nbdkit mmdebstrap cpio busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount fdisk shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
 if [ -n "$qemu${missing[*]}" ] && [ "$(id -u)" != 0 ]; then
   echo "These Debian packages are missing: $qemu ${missing[*]}"
   echo "Install them by:  sudo $(realpath "$0") --packages"

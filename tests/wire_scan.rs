@@ -47,6 +47,7 @@ fn begun() -> Begun {
         taken: if n == 1 { Taken::Full { reason: "first".into() } } else { Taken::Scan { reason: "broken".into() } },
         needed_bytes: *size_bytes,
         audited_chunks: 0,
+        areas: None,
     };
     let disks = SIZES.iter().enumerate().map(disk).collect();
     let instant = Timestamp::from_second(1).unwrap();

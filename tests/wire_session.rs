@@ -60,9 +60,9 @@ fn begun(sizes: &[u64]) -> Begun {
         taken: Taken::Full { reason: "first".into() },
         needed_bytes: *size_bytes,
         audited_chunks: 0,
+        areas: None,
     };
-    let disks = sizes.iter().enumerate().map(disk).collect();
-    let instant = Timestamp::from_second(1).unwrap();
+    let (disks, instant) = (sizes.iter().enumerate().map(disk).collect(), Timestamp::from_second(1).unwrap());
     Begun { machine: Machine::default(), instant, disks, left_out: vec![], stopped_us: 0, evidence: Default::default() }
 }
 

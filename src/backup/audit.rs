@@ -36,11 +36,14 @@ pub const DEFAULT_PERMILLE: u32 = 10;
 /// of tree nodes before the backup begins, so only as many are offered as the sidecar may take up.
 const GUESSED_CHUNKS: u64 = 6400;
 
-/// What was picked of one disk: positions in its permutation, with the chunks.
+/// What was picked of one disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Picked {
-    positions: Vec<u64>,
+    /// For each chunk the position in the permutation that comes after it and after those that are passed over.
+    next: Vec<u64>,
     chunks: BTreeSet<u64>,
+    /// Nothing of the round is left but what is passed over.
+    is_over: bool,
 }
 
 impl Picked {
@@ -67,8 +70,8 @@ pub fn pick(reader: &Reader, plan: &Plan, permille: u32) -> (Option<Audit>, BTre
         let (chunks, mine) = pick_of(reader, base, count);
         if !chunks.is_empty() {
             audit.disks.insert(name.clone(), chunks);
-            picked.insert(name.clone(), mine);
         }
+        picked.insert(name.clone(), mine);
     }
     (Some(audit), picked)
 }
@@ -77,11 +80,25 @@ fn pick_of(reader: &Reader, base: &Base, count: u64) -> (Vec<AuditChunk>, Picked
     let (mut chunks, mut mine) = (Vec::new(), Picked::default());
     let Some(record) = base.audit else { return (chunks, mine) };
     let all = base.image.chunks();
-    for position in record.position..all.min(record.position.saturating_add(count)) {
+    let mut looked = 0;
+    mine.is_over = true;
+    for position in record.position..all {
         let chunk = permuted(record.seed, all, position);
+        // What was left out is not what the disk has.
+        if base.areas.share_bytes(base.image.chunk_extent(chunk)) > 0 {
+            if let Some(next) = mine.next.last_mut().filter(|next| **next == position) {
+                *next = position + 1;
+            }
+            continue;
+        }
+        mine.is_over = false;
+        if looked >= count {
+            break;
+        }
+        looked += 1;
         let Some(digest) = digest(reader, base.image, chunk) else { continue };
         chunks.push(AuditChunk { chunk, digest });
-        mine.positions.push(position);
+        mine.next.push(position + 1);
         mine.chunks.insert(chunk);
     }
     (chunks, mine)
@@ -105,9 +122,13 @@ pub fn begin(instant: Timestamp) -> AuditRecord {
 /// The record after a run that took up the first `audited` of what was picked and confirmed so many chunks by comparing.
 pub fn go_on(base: &Base, picked: &Picked, audited: u64, confirmed_chunks: u64, instant: Timestamp) -> AuditRecord {
     let before = base.audit.unwrap_or(AuditRecord { trusted: None, ..begin(instant) });
-    let Some(last) = audited.checked_sub(1).and_then(|last| picked.positions.get(last as usize)) else { return before };
+    let position = match audited.checked_sub(1).and_then(|last| picked.next.get(last as usize)) {
+        Some(next) => *next,
+        None if picked.is_over => base.image.chunks(),
+        None => return before,
+    };
     let after = AuditRecord {
-        position: last + 1,
+        position,
         runs: before.runs + 1,
         confirmed_chunks: before.confirmed_chunks.saturating_add(confirmed_chunks),
         ..before
@@ -170,13 +191,14 @@ fn mix(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::area::Areas;
     use crate::units::CheckpointId;
     use proptest::prelude::*;
 
     fn base(chunks: u64, audit: Option<AuditRecord>) -> Base {
         let image = Image::zero(chunks * 65536, 65536).unwrap();
         let (point, checkpoint) = (PointId::random(), CheckpointId::random());
-        Base { point, checkpoint, epoch: None, image, audit, changed_chunks: None }
+        Base { point, checkpoint, epoch: None, image, audit, areas: Areas::default(), changed_chunks: None }
     }
 
     proptest! {
@@ -201,14 +223,17 @@ mod tests {
         let at = |second| Timestamp::from_second(second).unwrap();
         let first = begin(at(1));
         assert_eq!((first.position, first.runs, first.trusted), (0, 0, Some(at(1))));
-        let picked = Picked { positions: vec![0, 1, 3, 4], chunks: BTreeSet::new() };
+        let picked = Picked { next: vec![1, 2, 4, 5], ..Picked::default() };
         let base = |audit| base(10, Some(audit));
         let second = go_on(&base(first), &picked, 3, 2, at(2));
         assert_eq!((second.position, second.runs, second.confirmed_chunks), (4, 1, 2));
         assert_eq!(go_on(&base(second), &Picked::default(), 0, 0, at(3)), second, "nothing was looked at");
-        let picked = Picked { positions: (4..10).collect(), chunks: BTreeSet::new() };
+        let picked = Picked { next: (5..11).collect(), ..Picked::default() };
         let third = go_on(&base(second), &picked, 6, 6, at(4));
         assert_eq!((third.position, third.trusted, third.round_started), (0, Some(at(1)), at(4)), "a round has ended");
         assert_eq!(go_on(&base(third), &picked, 6, 6, at(5)).trusted, Some(at(4)));
+        let over = Picked { is_over: true, ..Picked::default() };
+        let fourth = go_on(&base(second), &over, 0, 0, at(6));
+        assert_eq!((fourth.position, fourth.trusted), (0, Some(at(1))), "all that was left was left out of the point");
     }
 }

@@ -67,6 +67,7 @@ fn manifest(stored: &Stored) -> Result<Manifest, BackupError> {
             same_bytes: stored.same[index],
             stored_bytes: finished.stats.stored_bytes,
             audit: audited(stored, index, disk),
+            areas: disk.areas.clone().unwrap_or_default(),
             impact: stored.totals.impact.iter().find(|i| i.disk == disk.disk.name).map(|i| i.impact),
         });
     }
@@ -116,6 +117,7 @@ fn report(stored: &Stored, manifest: &Manifest) -> Report {
         new_bytes: finished.stats.new_bytes,
         stored_bytes: disk.stored_bytes,
         impact: disk.impact,
+        areas: disk.areas.clone(),
     };
     let mut warnings = stored.totals.warnings.clone();
     warnings.extend(stored.warnings.iter().cloned());

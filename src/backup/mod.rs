@@ -134,6 +134,7 @@ async fn choose(
         digests: plan.scans.keys().cloned().collect(),
         audit: None,
         resume: None,
+        areas: Some(plan.areas()),
     };
     Ok((plan, begin))
 }

@@ -11,10 +11,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::area::Areas;
 use crate::machine::{FoundDisk, Taken, Verdict};
 use crate::repo::Image;
 use crate::repo::point::{AuditRecord, Level, Manifest, PointDisk};
 use crate::units::{CheckpointId, EpochId, PointId};
+use crate::wire::contract::MAX_KNOWN_EXTENTS;
+use crate::wire::message::KnownAreas;
 
 /// The level that was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +80,7 @@ pub enum NotPossible {
 }
 
 /// What a disk goes on from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Base {
     /// The point.
     pub point: PointId,
@@ -89,6 +92,8 @@ pub struct Base {
     pub image: Image,
     /// How far the disk's audit has come.
     pub audit: Option<AuditRecord>,
+    /// What was left out there, and is zero in its content.
+    pub areas: Areas,
     /// How many chunks were sent for it, if it was an incremental: a guess at what the next one needs.
     pub changed_chunks: Option<u64>,
 }
@@ -110,6 +115,21 @@ impl Plan {
     /// By disk the checkpoint that the repository has.
     pub fn since(&self) -> BTreeMap<String, CheckpointId> {
         self.bases.iter().map(|(disk, base)| (disk.clone(), base.checkpoint)).collect()
+    }
+
+    /// By disk what the repository lacks of the point that it goes on from.
+    pub fn areas(&self) -> BTreeMap<String, KnownAreas> {
+        let known = self.bases.iter().filter(|(_, base)| !base.areas.is_empty()).map(|(disk, base)| {
+            let known = KnownAreas { left_out: base.areas.left_out().collect(), seen: base.areas.seen.clone() };
+            (disk.clone(), known)
+        });
+        let mut known: BTreeMap<_, _> = known.collect();
+        let extents = known.values().map(|k: &KnownAreas| k.left_out.len() + k.seen.len()).sum::<usize>();
+        if extents > MAX_KNOWN_EXTENTS {
+            // What was seen only saves the next backup some reading.
+            known.values_mut().for_each(|known| known.seen.clear());
+        }
+        known
     }
 
     /// Takes away what a disk goes on from: it cannot be believed. Gives that back.
@@ -170,7 +190,8 @@ pub fn choose(
                     let changed_bytes = kept.read_bytes.saturating_sub(kept.same_bytes);
                     let was_incremental = matches!(kept.taken, Taken::Incremental { .. });
                     let changed_chunks = was_incremental.then(|| changed_bytes / u64::from(chunk_bytes));
-                    let base = Base { point, checkpoint, epoch, image, audit, changed_chunks };
+                    let areas = kept.areas.clone();
+                    let base = Base { point, checkpoint, epoch, image, audit, areas, changed_chunks };
                     plan.bases.insert(disk.name.clone(), base);
                 }
             },

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::area::Areas;
 use crate::impact::Impact;
 use crate::machine::Taken;
 use crate::repo::point::{Evidence, Grade, Level};
@@ -64,6 +65,9 @@ pub struct DiskReport {
     pub stored_bytes: u64,
     /// What it cost the guest.
     pub impact: Option<Impact>,
+    /// What was left out, as the operator said.
+    #[serde(skip_serializing_if = "Areas::is_empty")]
+    pub areas: Areas,
 }
 
 /// What a backup did.

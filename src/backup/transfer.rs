@@ -25,7 +25,7 @@ use crate::repo::{Compression, Image, Reader, RepoError, Repository, Writer, Wri
 use crate::units::human_bytes;
 use crate::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use crate::wire::frame::MAX_ACK_EXTENTS;
-use crate::wire::message::{Ack, Begun, Event, Failure, Session, Totals};
+use crate::wire::message::{Ack, Begun, Event, Failure, FailureCode, Session, Totals};
 use crate::wire::resume::{Again, Lasting};
 
 /// What the manifest says about the run itself.
@@ -195,6 +195,14 @@ fn add_disks(
             Taken::Incremental { since } => {
                 let base = plan.bases.get(&disk.name).filter(|base| base.checkpoint == *since);
                 let base = base.ok_or_else(|| unasked(format!("sent since {since}")))?;
+                if taken.areas.is_none() && !base.areas.areas.is_empty() {
+                    let what = format!(
+                        "areas of disk {:?} were left out of the point that it goes on from, and this sidecar is too old to \
+                         know of that: update it, or use --level full",
+                        disk.name
+                    );
+                    return Err(Failure::new(FailureCode::Protocol, what).into());
+                }
                 let some = picked.get(&disk.name).cloned().unwrap_or_default();
                 compared.push(Compared::Some(some, chunk_bytes.into()));
                 writer.disk(disk.size_bytes, chunk_bytes, Some(base.image))?
@@ -281,8 +289,8 @@ async fn give(
     Ok(())
 }
 
-/// Stores data until the session says that all was sent. Gives the bytes received of each disk, and those of them that were
-/// the same.
+/// Stores data until the session says that all was sent. Gives the bytes read of each disk, and those of them that were the
+/// same.
 async fn receive(
     events: &mut Receiver<Result<Event, Failure>>,
     writer: &Writer,
@@ -292,7 +300,11 @@ async fn receive(
     progress: &mut impl FnMut(Progress),
 ) -> Result<(Vec<u64>, Vec<u64>), BackupError> {
     let mut received = vec![0; begun.disks.len()];
-    let mut same = received.clone();
+    let (mut same, mut left_out, mut same_left_out) = (received.clone(), received.clone(), received.clone());
+    let share = |disk: u16, extent| {
+        let areas = begun.disks.get(usize::from(disk)).and_then(|disk| disk.areas.as_ref());
+        areas.map_or(0, |areas| areas.share_bytes(extent))
+    };
     let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).fold(0, u64::saturating_add);
     let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
     progress(so_far);
@@ -305,6 +317,7 @@ async fn receive(
             }
             Event::Zero { disk, extent } => {
                 writer.zero(DiskHandle(known(disk, &received)?), extent).await?;
+                left_out[usize::from(disk)] += share(disk, extent);
                 (disk, extent.len_bytes)
             }
             Event::Same { disk, extent } => {
@@ -314,6 +327,7 @@ async fn receive(
                     return Err(BackupError::Contradiction(what));
                 }
                 same[index] += extent.len_bytes;
+                same_left_out[index] += share(disk, extent);
                 // Whoever is not there any more says so in the events.
                 let _ = acks.send(Ack { disk, extents: vec![extent] });
                 (disk, extent.len_bytes)
@@ -336,7 +350,10 @@ async fn receive(
             )));
         }
     }
-    Ok((received, same))
+    // Nobody has read what was left out.
+    let less = |all: Vec<u64>, some: &[u64]| all.iter().zip(some).map(|(a, s)| a.saturating_sub(*s)).collect();
+    let nothing_read: Vec<_> = left_out.iter().zip(&same_left_out).map(|(a, b)| a + b).collect();
+    Ok((less(received, &nothing_read), less(same, &same_left_out)))
 }
 
 /// A disk of the session, and none of the files that are stored beside them.

@@ -8,6 +8,7 @@ use super::{
     backup, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, run, serve, show, status,
     verify,
 };
+use crate::area::Skip;
 use crate::vm;
 
 /// Live backup of QEMU virtual machines: incremental, consistent, verifiable, on an unmodified QEMU.
@@ -105,6 +106,24 @@ pub enum Command {
     /// Owes a guest its thaw if the sidecar dies
     #[command(hide = true)]
     Guardian(guardian::GuardianArgs),
+}
+
+/// What is left out of the disks.
+#[derive(Debug, Args)]
+pub struct SkipArgs {
+    /// Leave swap out: it is zero in the restore point, but for its header, so that a restored machine finds it.
+    #[arg(long)]
+    skip_swap: bool,
+    /// Leave an area out: DISK=swap, a partition as DISK=NUMBER, DISK=label:NAME or DISK=partuuid:UUID, or bytes as
+    /// DISK=bytes:FROM-TO. It is zero in the restore point. May be repeated.
+    #[arg(long, value_name = "DISK=AREA")]
+    skip: Vec<Skip>,
+}
+
+impl SkipArgs {
+    pub fn options(&self) -> Vec<Skip> {
+        self.skip_swap.then_some(Skip::SWAP).into_iter().chain(self.skip.iter().cloned()).collect()
+    }
 }
 
 /// A VM.

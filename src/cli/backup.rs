@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
-use super::args::SourceArgs;
+use super::args::{SkipArgs, SourceArgs};
 use super::context::Context;
 use super::exit::{self, Code};
 use super::progress::Meter;
@@ -48,6 +48,8 @@ pub struct BackupArgs {
     persistent_bitmaps: bool,
     #[command(flatten)]
     quiet: QuietArgs,
+    #[command(flatten)]
+    skip: SkipArgs,
 }
 
 /// How the guest is made quiet around the instant.
@@ -151,6 +153,8 @@ impl fmt::Display for BackupReport {
             if let Some(impact) = &disk.impact {
                 writeln!(f, "  guest meanwhile: {impact}")?;
             }
+            disk.areas.areas.iter().try_for_each(|area| writeln!(f, "  left out: {area}"))?;
+            disk.areas.kept.iter().try_for_each(|why| writeln!(f, "  note: {why}"))?;
         }
         for left_out in &report.left_out {
             writeln!(f, "left out: {left_out}")?;
@@ -192,13 +196,14 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     repository::check_order(&args.source.source, &args.repo)?;
     let repo = repository::open(&args.repo)?;
     let (quiet, hooks) = args.quiet.options()?;
-    let local = args.quiet.is_local(&quiet) || args.persistent_bitmaps;
+    let skip = args.skip.options();
+    let local = args.quiet.is_local(&quiet) || args.persistent_bitmaps || !skip.is_empty();
     let own = context.vm_options(args.source.vm.clone());
-    let options = VmOptions { quiet, persistent_bitmaps: args.persistent_bitmaps, ..own };
+    let options = VmOptions { quiet, skip, persistent_bitmaps: args.persistent_bitmaps, ..own };
     let sidecar = open::open_with(context, &args.source, options).await?;
     if local && sidecar.here().is_none() {
         return Err(exit::usage(
-            "--agent, --freeze-lease, --persistent-bitmaps, holds and their hooks are for a VM that no server has: the server's configuration says them",
+            "--agent, --freeze-lease, --persistent-bitmaps, --skip, --skip-swap, holds and their hooks are for a VM that no server has: the server's configuration says them",
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);

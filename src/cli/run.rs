@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use clap::Args;
 use tokio::sync::watch;
 
-use super::args::Global;
+use super::args::{Global, SkipArgs};
 use super::context::Context;
 use super::exit::{self, Code};
 use super::output::Output;
@@ -21,6 +21,8 @@ pub struct RunArgs {
     /// without us.
     #[arg(long)]
     persistent_bitmaps: bool,
+    #[command(flatten)]
+    skip: SkipArgs,
     /// QEMU and its arguments.
     #[arg(last = true, required = true, value_name = "QEMU")]
     command: Vec<OsString>,
@@ -35,7 +37,8 @@ pub fn run(global: &Global, output: Output, args: RunArgs) -> anyhow::Result<Cod
         let Some((program, arguments)) = args.command.split_first() else {
             return Err(exit::usage("say which QEMU: livebackup run -- qemu-system-x86_64 …"));
         };
-        let options = VmOptions { persistent_bitmaps: args.persistent_bitmaps, ..context.vm_options(args.vm) };
+        let (persistent_bitmaps, skip) = (args.persistent_bitmaps, args.skip.options());
+        let options = VmOptions { persistent_bitmaps, skip, ..context.vm_options(args.vm) };
         let status = engine::run(program, arguments, options).await?;
         Ok(Code::Passed(engine::exit_code(status)))
     });

@@ -82,6 +82,10 @@ impl fmt::Display for ShowReport {
             if let Some(impact) = &disk.impact {
                 writeln!(f, "guest on {} meanwhile: {impact}", disk.disk.name)?;
             }
+            for area in &disk.areas.areas {
+                writeln!(f, "left out of {}, zero in this point: {area}", disk.disk.name)?;
+            }
+            disk.areas.kept.iter().try_for_each(|why| writeln!(f, "note on {}: {why}", disk.disk.name))?;
         }
         if let Some(suspect) = &self.suspect {
             writeln!(f, "SUSPECT: {}", suspect::in_words(suspect))?;

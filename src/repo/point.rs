@@ -5,6 +5,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::area::Areas;
 pub use crate::grade::{Evidence, Grade};
 use crate::impact::Impact;
 use crate::limits::{MAX_DISKS, MAX_NAME_BYTES};
@@ -14,7 +15,9 @@ use crate::repo::sealed::{self, Kind};
 use crate::repo::tree::Image;
 use crate::units::{CheckpointId, EpochId, PointId};
 
-const KIND: Kind = Kind { format: "livebackup-point", version: 1 };
+/// Version 2: areas were left out of a disk. Who does not know of that would go on from the point as if all were there.
+const KIND: Kind = Kind { format: "livebackup-point", version: 2 };
+const KIND_WHOLE: Kind = Kind { version: 1, ..KIND };
 /// Most files that a point keeps.
 const MAX_FILES: usize = 256;
 
@@ -89,6 +92,9 @@ pub struct PointDisk {
     /// What it cost the guest; none of a sidecar that does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub impact: Option<Impact>,
+    /// What was left out, as the operator said: it is zero here.
+    #[serde(default, skip_serializing_if = "Areas::is_empty")]
+    pub areas: Areas,
 }
 
 /// A file kept with the point: a kernel, a firmware.
@@ -154,7 +160,8 @@ impl Manifest {
     /// The file.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check()?;
-        sealed::encode(KIND, self)
+        let whole = self.disks.iter().all(|disk| disk.areas.areas.is_empty());
+        sealed::encode(if whole { KIND_WHOLE } else { KIND }, self)
     }
 
     /// The manifest in a file.
@@ -177,6 +184,11 @@ impl Manifest {
         }
         if let Some(disk) = self.disks.iter().find(|d| d.disk.size_bytes != d.image.size_bytes) {
             return Err(FormatError::bad(format!("its disk {:?} has two sizes", disk.disk.name)));
+        }
+        for disk in &self.disks {
+            if let Some(wrong) = disk.areas.wrong(disk.disk.size_bytes) {
+                return Err(FormatError::bad(format!("its disk {:?} has {wrong}", disk.disk.name)));
+            }
         }
         self.images().try_for_each(|(_, image)| image.check())
     }
@@ -211,7 +223,8 @@ pub(crate) mod tests {
         let taken = Taken::Full { reason: "the first backup".to_owned() };
         let (checkpoint, epoch) = (Some(CheckpointId::random()), Some(EpochId::random()));
         let (read_bytes, same_bytes, stored_bytes, audit, impact) = (1, 0, 2, None, None);
-        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes, same_bytes, stored_bytes, audit, impact }
+        let areas = Areas::default();
+        PointDisk { disk, image, checkpoint, epoch, taken, read_bytes, same_bytes, stored_bytes, audit, impact, areas }
     }
 
     /// A manifest of these disks.

@@ -33,7 +33,7 @@ struct AnyHeader {
     version: u32,
 }
 
-/// What kind of file it is, and the version that is written and read.
+/// What kind of file it is, and the version that is written; older ones are read, too.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
     /// The `format` field.
@@ -71,10 +71,13 @@ pub fn decode<T: DeserializeOwned>(kind: Kind, file: &[u8]) -> Result<T, FormatE
     if any.version > kind.version {
         return Err(FormatError::Newer { version: any.version, supported: kind.version });
     }
+    if any.version == 0 {
+        return Err(FormatError::bad("its header has no version that ever was"));
+    }
     let Some(body) = file[line.len() + 1..].strip_suffix(b"\n") else {
         return Err(FormatError::bad("it is cut short"));
     };
-    if line != header(kind, body) {
+    if line != header(Kind { version: any.version, ..kind }, body) {
         return Err(FormatError::bad("the length or checksum in its first line does not match the rest"));
     }
     serde_json::from_slice(body).map_err(|e| FormatError::bad(format!("its body is not what it should be: {e}")))

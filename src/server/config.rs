@@ -27,6 +27,8 @@
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
 //! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
+//! skip_swap = true                 # swap is not backed up: the same as skip = ["swap"]; may be left out
+//! skip = ["vd0=3", "vd1=label:scratch"]   # areas that are not backed up, as `area` has them; may be left out
 //!
 //! [[vm.hold]]                      # a database to be held; see `hooks::config`
 //! profile = "postgresql"
@@ -52,6 +54,7 @@ use serde::Deserialize;
 use super::bad;
 use super::grants::{Grants, May};
 use crate::agent;
+use crate::area::Skip;
 use crate::grade::Policy;
 use crate::hooks::config::{HoldTable, HookTable, tables};
 use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
@@ -110,6 +113,8 @@ pub struct VmConfig {
     pub power_off: PowerOff,
     /// Whether images keep our bitmaps.
     pub persistent_bitmaps: bool,
+    /// What is left out of its disks.
+    pub skip: Vec<Skip>,
 }
 
 #[derive(Deserialize)]
@@ -186,6 +191,10 @@ struct VmTable {
     #[serde(default)]
     persistent_bitmaps: bool,
     #[serde(default)]
+    skip_swap: bool,
+    #[serde(default)]
+    skip: Vec<Skip>,
+    #[serde(default)]
     hold: Vec<HoldTable>,
     #[serde(default)]
     hook: Vec<HookTable>,
@@ -210,7 +219,9 @@ impl VmTable {
             Some("harvest") => PowerOff::Harvest,
             Some(other) => return Err(format!("shutdown = {other:?}: write \"leave\" or \"harvest\"")),
         };
-        Ok(VmConfig { monitor, name: self.name, quiet, power_off, persistent_bitmaps: self.persistent_bitmaps })
+        let skip = self.skip_swap.then_some(Skip::SWAP).into_iter().chain(self.skip).collect();
+        let persistent_bitmaps = self.persistent_bitmaps;
+        Ok(VmConfig { monitor, name: self.name, quiet, power_off, persistent_bitmaps, skip })
     }
 }
 
@@ -343,6 +354,8 @@ mod tests {
         let config = Config::parse(&format!("{good}shutdown = \"harvest\"\n")).unwrap();
         assert_eq!((config.vms[0].power_off, config.vms[0].persistent_bitmaps), (PowerOff::Harvest, false));
         assert!(Config::parse(&format!("{good}persistent_bitmaps = true\n")).unwrap().vms[0].persistent_bitmaps);
+        let config = Config::parse(&format!("{good}skip_swap = true\nskip = [\"vd0=2\"]\n")).unwrap();
+        assert_eq!(config.vms[0].skip, [Skip::SWAP, "vd0=2".parse().unwrap()]);
         let tables = "[[vm.hold]]\nprofile = \"redis\"\n[[vm.hook]]\nphase = \"session\"\npost = [\"/x\"]\n";
         let config = Config::parse(&format!("{good}{tables}")).unwrap();
         assert_eq!((config.vms[0].quiet.holds.len(), config.vms[0].quiet.hooks.len()), (1, 1));
@@ -364,6 +377,7 @@ mod tests {
             (format!("{good}freeze = \"maybe\"\n"), "maybe"),
             (format!("{good}agent = \"unix:\"\n"), "unix:PATH"),
             (format!("{good}shutdown = \"now\"\n"), "harvest"),
+            (format!("{good}skip = [\"vd0\"]\n"), "label:NAME"),
         ] {
             let said = Config::parse(&text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");

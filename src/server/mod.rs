@@ -74,6 +74,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             name: vm.name.clone(),
             transport: base.transport,
             quiet: vm.quiet.clone(),
+            skip: vm.skip.clone(),
             served_at: served_at.clone(),
             power_off: vm.power_off,
             persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,

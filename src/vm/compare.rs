@@ -40,6 +40,13 @@ pub enum Compared {
 }
 
 impl Compared {
+    /// Compares these chunks no more: they are sent, if they are needed at all.
+    pub fn forget(&mut self, chunks: std::ops::Range<u64>) {
+        if let Self::Some(audited) = self {
+            audited.retain(|chunk, _| !chunks.contains(chunk));
+        }
+    }
+
     /// Whether the digests of these chunks are wanted.
     pub fn wants(&self, chunks: std::ops::Range<u64>) -> bool {
         match self {

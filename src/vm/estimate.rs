@@ -41,6 +41,9 @@ impl Vm {
                     needed
                 }
             };
+            if self.inner.options.skip.is_empty() {
+                plan.known.left_out.iter().for_each(|extent| needed.set(*extent));
+            }
             needed.round_out(chunk_bytes);
             out.push(Estimated {
                 disk: plan.disk.name.clone(),

@@ -173,7 +173,7 @@ impl Fleece {
         let (sentinel, keep) = (disk.plan.needs_sentinel && disk.plan.track.next().is_some(), disk.plan.keep);
         let mut sealed = disk.plan.sealed.clone();
         if let Some(sealed) = &mut sealed {
-            disk.plan.audited(self.chunk_bytes).for_each(|(chunk, _)| sealed.set(chunk));
+            disk.plan.also_read(self.chunk_bytes).for_each(|extent| sealed.set(extent));
         }
         let sealed = sealed.filter(|b| !b.is_empty());
         let chunk_bytes = self.chunk_bytes;

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
+use crate::area::Skip;
 use crate::checkpoint::{Log, Medium, QemuInstance};
 use crate::machine::{Disk, FoundDisk, Machine, Taken, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
@@ -30,6 +31,7 @@ use crate::wire::Address as WireAddress;
 use crate::wire::message::{Begin, Failure, FailureCode, LastSession, SessionStatus, TrackingStatus};
 
 mod agent;
+mod areas;
 mod attach;
 mod carry;
 pub mod compare;
@@ -98,6 +100,8 @@ pub struct VmOptions {
     pub transport: Transport,
     /// How the guest is made quiet around the instant.
     pub quiet: QuietOptions,
+    /// What is left out of its disks.
+    pub skip: Vec<Skip>,
     /// Where this process serves the VM to clients, if it does: others are sent there.
     pub served_at: Option<WireAddress>,
     /// What becomes of QEMU when the guest powers off.
@@ -329,6 +333,7 @@ impl Vm {
         }
         for (plan, _) in &mut plans {
             plan.compare(begin);
+            areas::probe(plan, begin, &self.inner.options.skip);
         }
         Ok(plans)
     }

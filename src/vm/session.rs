@@ -25,7 +25,7 @@ use super::quiet::{Quiet, QuietOptions};
 use super::scratch::{Scratch, ScratchDir};
 use super::sending::{self, FromClient, Outlet};
 use super::transfer::{self, Needed, ReadyDisk};
-use super::{Inner, Vm, internal, qemu_failed, select, tracking, undo};
+use super::{Inner, Vm, areas, internal, qemu_failed, select, tracking, undo};
 use crate::checkpoint::Bitmap;
 use crate::grade::{Evidence, Policy};
 use crate::hooks::program::{self, About, Phase};
@@ -219,7 +219,7 @@ impl Vm {
         let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
         let disks = tokio::select! {
             biased;
-            disks = self.make_ready(&mut fleece, &reasons, chunk_bytes) => disks?,
+            disks = self.make_ready(&mut fleece, &reasons, begin) => disks?,
             broken = self.watch(&scratch, &mut meter) => return Err(broken),
         };
         let left_out =
@@ -233,14 +233,19 @@ impl Vm {
         &self,
         fleece: &mut Fleece,
         reasons: &[String],
-        chunk_bytes: u64,
+        begin: &Begin,
     ) -> Result<Vec<(ReadyDisk, BegunDisk)>, Failure> {
+        let (chunk_bytes, leaves_out) = (u64::from(begin.chunk_bytes), begin.areas.is_some());
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
             let (epoch, needed) = self.settle(fleece, i, reason, chunk_bytes).await?;
-            let needed_bytes = needed.bitmap.count_bytes();
-            let ready = transfer::ready(fleece, i, needed, chunk_bytes, self.inner.options.transport).await?;
+            let mut ready = transfer::ready(fleece, i, needed, chunk_bytes, self.inner.options.transport).await?;
             let plan = &fleece.disks[i].plan;
+            let areas = match leaves_out {
+                true => Some(areas::leave_out(&mut ready, plan, &self.inner.options.skip).await?),
+                false => None,
+            };
+            let needed_bytes = ready.needed.count_bytes();
             let begun = BegunDisk {
                 disk: plan.disk.clone(),
                 checkpoint: plan.track.next(),
@@ -248,6 +253,7 @@ impl Vm {
                 taken: plan.taken.clone(),
                 needed_bytes,
                 audited_chunks: plan.audit.len() as u64,
+                areas,
             };
             disks.push((ready, begun));
         }
@@ -307,8 +313,9 @@ impl Vm {
             }
             _ => Bitmap::full(plan.disk.size_bytes),
         };
-        needed.round_out(chunk_bytes);
         let plan = &fleece.disks[i].plan;
+        plan.known.left_out.iter().for_each(|extent| needed.set(*extent));
+        needed.round_out(chunk_bytes);
         let compared = match plan.taken {
             Taken::Scan { .. } => Compared::All,
             _ => {

@@ -32,7 +32,7 @@ use crate::repo::layout::directory_of_vm;
 use crate::units::{CheckpointId, EpochId};
 use crate::wire::contract::AUDIT_FLOOR_CHUNKS;
 use crate::wire::digests::ChunkDigest;
-use crate::wire::message::{AuditChunk, Begin, Failure};
+use crate::wire::message::{AuditChunk, Begin, Failure, KnownAreas};
 
 /// What a checkpoint of a disk needs of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,6 +239,10 @@ pub struct Plan {
     pub keep: bool,
     /// Whether a sentinel is to be set: the disk has none, or none that is kept.
     pub needs_sentinel: bool,
+    /// What the client lacks, of a disk that is taken since a checkpoint.
+    pub known: KnownAreas,
+    /// Places that are read, and not sent, to find out what is left out.
+    pub probes: Vec<Extent>,
 }
 
 impl Plan {
@@ -260,6 +264,16 @@ impl Plan {
             let most = share.max(AUDIT_FLOOR_CHUNKS.into()).min(wanted.len() as u128) as usize;
             self.audit = wanted[..most].to_vec();
         }
+        if let (Some(known), true) = (&begin.areas, self.sealed.is_some()) {
+            self.known = known.get(&self.disk.name).cloned().unwrap_or_default();
+        }
+    }
+
+    /// What is read of a disk that is taken since a checkpoint, whatever was written: what is audited, what the client
+    /// lacks, and what tells of areas to be left out.
+    pub fn also_read(&self, chunk_bytes: u64) -> impl Iterator<Item = Extent> {
+        let audited = self.audited(chunk_bytes).map(|(chunk, _)| chunk);
+        audited.chain(self.known.left_out.iter().copied()).chain(self.probes.iter().copied())
     }
 
     /// The chunks to be confirmed, by their bytes; none that the disk does not have.
@@ -307,7 +321,8 @@ pub fn plan(disk: Disk, log: Log, verdict: Result<(), String>, wish: &Wish<'_>) 
         _ => Track::Begin { next },
     };
     let needs_sentinel = matches!(track, Track::Begin { .. });
-    Plan { disk, log, taken, sealed, track, medium: None, audit: vec![], keep: false, needs_sentinel }
+    let (audit, known, probes) = (vec![], KnownAreas::default(), vec![]);
+    Plan { disk, log, taken, sealed, track, medium: None, audit, keep: false, needs_sentinel, known, probes }
 }
 
 /// Makes the log follow what was done at the instant: seals, or begins an epoch. Blocks on files.

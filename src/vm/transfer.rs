@@ -69,10 +69,47 @@ pub struct ReadyDisk {
     pub data: Bitmap,
     /// What of it is compared with what the client knows.
     compared: Compared,
-    chunk_bytes: u64,
+    /// Chunk size of the client.
+    pub chunk_bytes: u64,
     /// Whether the source takes discards.
     discards: bool,
     name: String,
+}
+
+impl ReadyDisk {
+    /// Some bytes of the disk at the instant, at most [`MAX_READ_BYTES`], which the fleece must have.
+    pub async fn bytes(&self, extent: Extent) -> Result<Bytes, Failure> {
+        self.source.read(extent).await.map_err(|e| broken(&self.name, &e))
+    }
+
+    /// Leaves out some whole chunks: they are sent as zeroes, and what of them the client has as zeroes (`lacks`) not at all.
+    pub async fn leave_out(&mut self, chunks: Extent, lacks: &[Extent]) {
+        self.data.clear(chunks);
+        self.compared.forget(chunks.offset_bytes / self.chunk_bytes..chunks.end().div_ceil(self.chunk_bytes));
+        self.needed.set(chunks);
+        let (chunk_bytes, size_bytes) = (self.chunk_bytes, self.needed.size_bytes());
+        let zero = lacks.iter().filter_map(|extent| extent.whole_chunks(chunk_bytes, size_bytes));
+        zero.filter_map(|zero| zero.shared(chunks)).for_each(|both| self.needed.clear(both));
+        self.discard(chunks).await;
+    }
+
+    /// Lets the fleece forget these bytes, as far as they are whole granules.
+    async fn discard(&self, extent: Extent) {
+        let Some(granules) = self.granules(extent).filter(|_| self.discards) else { return };
+        for piece in granules.split_at_multiples(MAX_DISCARD_BYTES) {
+            if let Err(error) = self.source.block().discard(piece).await {
+                // The fleece goes on copying there: slower, not wrong.
+                tracing::debug!(disk = self.name, "a discard failed: {error}");
+            }
+        }
+    }
+
+    /// The whole granules of an extent, without the disk's last one if that is cut.
+    fn granules(&self, extent: Extent) -> Option<Extent> {
+        let start = extent.offset_bytes.checked_next_multiple_of(GRANULE_BYTES)?;
+        let end = extent.end().min(self.needed.size_bytes()) / GRANULE_BYTES * GRANULE_BYTES;
+        (start < end).then(|| Extent::between(start, end))
+    }
 }
 
 /// Opens the source of a disk, over the transport that this QEMU and the options allow.
@@ -252,23 +289,10 @@ pub fn left() -> Failure {
 impl ReadyDisk {
     /// Discards what is acknowledged, as whole granules, and notes it.
     pub async fn acknowledge(&self, extents: &[Extent], acknowledged: &mut Bitmap) {
-        let size_bytes = self.needed.size_bytes();
-        let whole_bytes = size_bytes / GRANULE_BYTES * GRANULE_BYTES;
-        for extent in extents.iter().filter(|e| e.fits(size_bytes)) {
-            if acknowledged.intersects(*extent) {
-                continue;
-            }
-            acknowledged.set(*extent);
-            let start = extent.offset_bytes.next_multiple_of(GRANULE_BYTES);
-            let end = (extent.end() / GRANULE_BYTES * GRANULE_BYTES).min(whole_bytes);
-            if start >= end || !self.discards {
-                continue;
-            }
-            for piece in Extent::between(start, end).split_at_multiples(MAX_DISCARD_BYTES) {
-                if let Err(error) = self.source.block().discard(piece).await {
-                    // The fleece goes on copying there: slower, not wrong.
-                    tracing::debug!(disk = self.name, "a discard failed: {error}");
-                }
+        for extent in extents.iter().filter(|e| e.fits(self.needed.size_bytes())) {
+            if !acknowledged.intersects(*extent) {
+                acknowledged.set(*extent);
+                self.discard(*extent).await;
             }
         }
     }

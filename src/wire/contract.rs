@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::digests::Digests;
 use super::frame::{MAX_ACK_EXTENTS, Place};
 use super::message::{Ack, Begin, Begun};
+use crate::area::MAX_AREAS;
 use crate::extent::Extent;
 use crate::limits::{MAX_CHUNK_BYTES, MAX_DISK_BYTES, MAX_DISKS, MAX_NAME_BYTES, MIN_CHUNK_BYTES};
 use crate::machine::Taken;
@@ -23,6 +24,14 @@ pub const AUDIT_FLOOR_CHUNKS: u64 = 16;
 pub const MAX_AUDIT_CHUNKS: usize = 4096;
 const _: () =
     assert!(MAX_AUDIT_CHUNKS * r#"{"chunk":,"digest":""},"#.len() + MAX_AUDIT_CHUNKS * (20 + 64) <= 512 * 1024);
+
+/// Most extents of [`KnownAreas`](super::message::KnownAreas) in one request: a quarter of it.
+pub const MAX_KNOWN_EXTENTS: usize = 4096;
+const _: () = assert!(
+    MAX_KNOWN_EXTENTS * (r#"{"offset_bytes":,"len_bytes":},"#.len() + 2 * "72057594037927936".len()) <= 288 * 1024
+);
+
+const _: () = assert!(MAX_DISKS * MAX_AREAS <= MAX_KNOWN_EXTENTS);
 
 /// Checks what a client asks for.
 pub fn check_begin(begin: &Begin) -> Result<(), Breach> {
@@ -39,6 +48,13 @@ pub fn check_begin(begin: &Begin) -> Result<(), Breach> {
         let chunks = audit.disks.values().map(Vec::len).fold(0, usize::saturating_add);
         if audit.disks.len() > MAX_DISKS || chunks > MAX_AUDIT_CHUNKS {
             return Err(format!("an audit of {chunks} chunks; {MAX_AUDIT_CHUNKS} are the most"));
+        }
+    }
+    if let Some(areas) = &begin.areas {
+        let extents =
+            areas.values().map(|known| known.left_out.len() + known.seen.len()).fold(0, usize::saturating_add);
+        if areas.len() > MAX_DISKS || extents > MAX_KNOWN_EXTENTS {
+            return Err(format!("{extents} extents of areas; {MAX_KNOWN_EXTENTS} are the most"));
         }
     }
     Ok(())
@@ -97,6 +113,14 @@ impl Promise {
             let audit = begin.audit.as_ref().and_then(|audit| audit.disks.get(name)).map_or(0, Vec::len);
             if one.audited_chunks > audit as u64 {
                 return Err(format!("an audit of {} chunks of disk {name:?}; {audit} were given", one.audited_chunks));
+            }
+            if let Some(areas) = &one.areas {
+                if begin.areas.is_none() && !areas.areas.is_empty() {
+                    return Err(format!("areas of disk {name:?} as left out, which nobody asked for"));
+                }
+                if let Some(wrong) = areas.wrong(size_bytes) {
+                    return Err(format!("{wrong} of disk {name:?}"));
+                }
             }
             disks.push(Promised { size_bytes, next_bytes: 0, compared: scanned || one.audited_chunks > 0 });
         }

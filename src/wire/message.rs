@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::digests::{ChunkDigest, Digests};
 use super::resume::{Lasting, Resume, Token};
+use crate::area::Areas;
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
 use crate::impact::DiskImpact;
@@ -105,6 +106,20 @@ pub struct Begin {
     /// do that says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Token>,
+    /// By disk what was left out of the point that it is sent since; disks of which all is there need not be named. Absent when
+    /// the client knows nothing of areas that are left out: then none are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub areas: Option<BTreeMap<String, KnownAreas>>,
+}
+
+/// What a client lacks of a disk, and where that was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownAreas {
+    /// The bytes that the client has as zeroes: they are needed, unless they are left out again.
+    pub left_out: Vec<Extent>,
+    /// Where to look for areas to be left out: [`Areas::seen`] of that point.
+    #[serde(default)]
+    pub seen: Vec<Extent>,
 }
 
 /// What a client would like to have confirmed: that chunks that nobody is said to have written are still as it knows them.
@@ -378,6 +393,10 @@ pub struct BegunDisk {
     /// is compared.
     #[serde(default)]
     pub audited_chunks: u64,
+    /// What is left out: it is sent as zeroes where the client has something else there. Absent when the sidecar did not
+    /// look at [`Begin::areas`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub areas: Option<Areas>,
 }
 
 /// What a session did.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 pub mod guest;
+pub mod partitioned;
 pub mod proxy;
 pub mod side;
 pub mod tiny;

@@ -63,6 +63,7 @@ pub fn manifest(vm: &str, disks: &[(&str, Image)]) -> Manifest {
         stored_bytes: 0,
         audit: None,
         impact: None,
+        areas: Default::default(),
     };
     Manifest {
         id: PointId::random(),

@@ -35,6 +35,7 @@ fn point(level: Level, disks: &[(&str, u64)]) -> Manifest {
         stored_bytes: 0,
         audit: None,
         impact: None,
+        areas: Areas::default(),
     };
     let now = jiff::Timestamp::now();
     Manifest {
