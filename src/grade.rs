@@ -60,6 +60,18 @@ pub struct Frozen {
     pub frozen_us: u64,
 }
 
+/// File systems that told their disks what is free, before a disk was read whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trimmed {
+    /// How many.
+    pub file_systems: u64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
+    /// Why it was not done, if it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
 /// What became of a hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
@@ -118,6 +130,9 @@ pub struct Evidence {
     /// What was frozen over the whole instant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen: Option<Frozen>,
+    /// What was trimmed, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trimmed: Option<Trimmed>,
     /// The holds that are configured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<Held>,

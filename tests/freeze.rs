@@ -6,15 +6,14 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use common::guest::*;
+use common::played::Played;
 use common::*;
 use serde_json::{Value, json};
 
@@ -163,6 +162,20 @@ fn a_real_guest(version: Version, disks: &[GuestDisk]) {
     }
     guest.sh("kill $(cat /run/churn)");
 
+    // What was deleted is given back before a full backup reads it, if that is wanted, and only then.
+    let deleted = "head -c 4000000 /dev/urandom >/mnt/vd0/large; sync; rm /mnt/vd0/large; sync";
+    guest.sh(deleted);
+    let before = side.backup(&["--level", "full"])["disks"][0]["stored_bytes"].as_u64().unwrap();
+    guest.sh(deleted);
+    let trimmed = side.backup(&["--level", "full", "--trim", "require"]);
+    assert_eq!(trimmed["evidence"]["trimmed"]["file_systems"], 1, "{trimmed}");
+    assert!(before > 3_000_000 && trimmed["disks"][0]["stored_bytes"].as_u64().unwrap() < 2_000_000, "{trimmed}");
+    assert_eq!(
+        side.backup(&["--trim", "require"])["evidence"].get("trimmed"),
+        None,
+        "an incremental reads what changed"
+    );
+
     // Killed at every step of the freeze, and with the guest stopped in the freeze: the guardians let it go.
     let stopped: &[&str] = if disks.len() > 1 { &["fleece.stopped"] } else { &[] };
     for point in [&["freeze.owed", "freeze.frozen", "fleece.inserted", "freeze.thawed"], stopped].concat() {
@@ -268,67 +281,6 @@ fn a_real_guest_with_one_disk_on_7() {
     a_real_guest(Version::V7, &[GuestDisk::raw("vd0", 32 * MIB).with_ext4()]);
 }
 
-/// An agent that a test plays: it remembers what it was asked and whether it is frozen.
-#[derive(Clone, Default)]
-struct Played(Arc<Mutex<(Vec<String>, bool)>>);
-
-impl Played {
-    /// Plays at a socket, for any number of clients in turn. `answer` gives the reply to a command, or none for silence.
-    fn start(path: &Path, answer: impl Fn(&str, bool) -> Option<Value> + Send + 'static) -> Played {
-        let listener = UnixListener::bind(path).unwrap();
-        let me = Played::default();
-        let played = me.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                played.serve(BufReader::new(stream), &answer);
-            }
-        });
-        me
-    }
-
-    fn serve(&self, mut stream: BufReader<UnixStream>, answer: &impl Fn(&str, bool) -> Option<Value>) {
-        let mut line = vec![];
-        while stream.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-            let asked: Value = serde_json::from_slice(line.strip_prefix(b"\xff").unwrap_or(&line)).unwrap();
-            line.clear();
-            let name = asked["execute"].as_str().unwrap();
-            let mut state = self.0.lock().unwrap();
-            state.0.push(name.to_owned());
-            let frozen = state.1;
-            let reply = match (name, answer(name, frozen)) {
-                ("guest-sync-delimited", _) => {
-                    stream.get_mut().write_all(b"\xff").unwrap();
-                    Some(json!({"return": asked["arguments"]["id"]}))
-                }
-                (_, Some(reply)) => Some(reply),
-                ("guest-fsfreeze-thaw", None) => {
-                    state.1 = false;
-                    Some(json!({"return": u8::from(frozen)}))
-                }
-                ("guest-fsfreeze-freeze", None) => {
-                    state.1 = true;
-                    Some(json!({"return": 1}))
-                }
-                ("guest-fsfreeze-status", None) => Some(json!({"return": if frozen { "frozen" } else { "thawed" }})),
-                _ => Some(json!({"error": {"class": "CommandNotFound", "desc": "not found"}})),
-            };
-            drop(state);
-            let Some(reply) = reply.filter(|r| *r != json!("silence")) else { continue };
-            if stream.get_mut().write_all(format!("{reply}\n").as_bytes()).is_err() {
-                return;
-            }
-        }
-    }
-
-    fn asked(&self) -> Vec<String> {
-        self.0.lock().unwrap().0.clone()
-    }
-
-    fn is_frozen(&self) -> bool {
-        self.0.lock().unwrap().1
-    }
-}
-
 /// A QEMU whose guest is nobody, with an agent that the test plays.
 fn with_played(answer: impl Fn(&str, bool) -> Option<Value> + Send + 'static) -> (Qemu, Side, Played) {
     let disk = "driver=raw,node-name=disk0,file.driver=file,file.filename=DIR/vd0.raw";
@@ -377,6 +329,23 @@ fn a_silent_freeze_ends_with_its_lease() {
     let freeze = asked.iter().position(|n| n == "guest-fsfreeze-freeze").unwrap();
     wait_until("the look after the freeze", || played.asked()[freeze..].iter().any(|n| n == "guest-fsfreeze-status"));
     assert_eq!(side.alarms(), [] as [Value; 0]);
+}
+
+#[test]
+fn a_trim_that_fails_fails_nothing_unless_it_has_to() {
+    let (qemu, side, played) = with_played(|name, _| {
+        (name == "guest-fstrim").then(|| json!({"error": {"class": "GenericError", "desc": "no discards here"}}))
+    });
+    let agent = qemu.path("agent").to_str().unwrap().to_owned();
+    let report = side.backup(&["--agent", &agent, "--trim", "prefer"]);
+    assert_eq!(report["grade"], "filesystem", "{report}");
+    assert!(report["evidence"]["trimmed"]["failed"].as_str().unwrap().contains("no discards here"), "{report}");
+    let options = ["--agent", &agent, "--level", "full", "--trim", "require"];
+    assert!(side.refused(&options).contains("no discards here"));
+    let asked = played.asked();
+    let first = |name: &str| asked.iter().position(|n| n == name).unwrap();
+    assert!(first("guest-fstrim") < first("guest-fsfreeze-freeze"), "{asked:?}");
+    assert!(!played.is_frozen());
 }
 
 /// Windows thaws by itself after ten seconds: the status says thawed, and nothing that was frozen is freed.

@@ -62,6 +62,10 @@ pub struct QuietArgs {
     /// Longest time for which they are frozen [default: 10].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
     freeze_lease: Option<u64>,
+    /// Let the guest trim its file systems (guest-fstrim, for up to 5 minutes) before a disk is read whole, so that what is
+    /// free there is not read: require, prefer or never [default: never].
+    #[arg(long, value_name = "POLICY", value_parser = super::values::policy)]
+    trim: Option<Policy>,
     /// A file (TOML) of databases to be held and of programs to be run around the instant: tables [[hold]] and [[hook]], as
     /// in a server's configuration.
     #[arg(long, value_name = "FILE")]
@@ -78,6 +82,7 @@ impl QuietArgs {
         if let Some(seconds) = self.freeze_lease {
             options.lease = Duration::from_secs(seconds);
         }
+        options.trim = self.trim.unwrap_or(options.trim);
         let Some(file) = &self.holds else { return Ok((options, vec![])) };
         let (holds, hooks) = config::read(file).map_err(exit::usage)?;
         options.holds = holds;
@@ -89,7 +94,7 @@ impl QuietArgs {
     /// Whether something is said that a server's configuration has to say.
     fn is_local(&self, options: &QuietOptions) -> bool {
         let runs = !options.holds.is_empty() || !options.hooks.is_empty();
-        self.agent.is_some() || self.freeze_lease.is_some() || runs
+        self.agent.is_some() || self.freeze_lease.is_some() || self.trim.is_some() || runs
     }
 }
 
@@ -174,6 +179,11 @@ impl fmt::Display for BackupReport {
             Some(frozen) => format!("; file systems frozen {:.1} ms", frozen.frozen_us as f64 / 1e3),
             None => String::new(),
         };
+        match report.evidence.trimmed.as_ref().map(|trimmed| (trimmed.took_us, &trimmed.failed)) {
+            Some((took_us, None)) => writeln!(f, "trimmed by the guest before, {:.2} s", took_us as f64 / 1e6)?,
+            Some((_, Some(why))) => writeln!(f, "note: not trimmed: {why}")?,
+            None => {}
+        }
         for reason in &report.evidence.reasons {
             writeln!(f, "note: {reason}")?;
         }
@@ -203,7 +213,7 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     let sidecar = open::open_with(context, &args.source, options).await?;
     if local && sidecar.here().is_none() {
         return Err(exit::usage(
-            "--agent, --freeze-lease, --persistent-bitmaps, --skip, --skip-swap, holds and their hooks are for a VM that no server has: the server's configuration says them",
+            "--agent, --freeze-lease, --trim, --persistent-bitmaps, --skip, --skip-swap, holds and their hooks are for a VM that no server has: the server's configuration says them",
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);

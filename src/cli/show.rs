@@ -124,6 +124,14 @@ fn evidence(f: &mut fmt::Formatter<'_>, evidence: &Evidence) -> fmt::Result {
         hold.positions.iter().try_for_each(|(name, value)| write!(f, "; {name} {value}"))?;
         writeln!(f)?;
     }
+    match evidence.trimmed.as_ref().map(|trimmed| (trimmed, &trimmed.failed)) {
+        Some((trimmed, None)) => {
+            let number = count(trimmed.file_systems as usize, "file system");
+            writeln!(f, "  trimmed {number} before, in {}", ms(trimmed.took_us))?;
+        }
+        Some((_, Some(why))) => writeln!(f, "  NOT trimmed: {why}")?,
+        None => {}
+    }
     evidence.reasons.iter().try_for_each(|reason| writeln!(f, "  but     {reason}"))?;
     if let Some(guest) = &evidence.guest {
         let told = [&guest.host_name, &guest.os, &guest.kernel].map(String::as_str);

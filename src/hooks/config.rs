@@ -2,7 +2,7 @@
 //!
 //! ```toml
 //! [[hold]]
-//! profile = "postgresql"           # or "mariadb", "redis"; or a program of your own: run = ["/usr/local/bin/hold"]
+//! profile = "postgresql"           # or "mariadb", "mysql", "redis"; or a program of your own: run = ["/usr/local/bin/hold"]
 //! where = "host"                   # or "guest": by the guest's agent; may be left out
 //! policy = "require"               # or "prefer": go on without it, with the lower grade; may be left out
 //! host = "10.0.0.5"                # or the directory (MariaDB, Redis: the path) of a socket of this host

@@ -1,14 +1,17 @@
-//! Hold in the guest: the agent starts a launcher, which detaches the database's client and returns when it is ready; a
-//! second program releases it.
+//! Holds in the guest: the agent starts launchers, which detach the databases' clients and return when they are prepared; one
+//! more program locks all of them, and one releases all of them.
 //!
 //! ```text
-//!  agent ─► launcher ──► (input; waits at a fifo, for its limit at most; farewell) ──pipe──► client ──► out, err, exit
-//!              └─ returns at READY                        ▲
-//!  agent ─► releaser ─────────────────────────────────────┘ ─► returns what the client said
+//!  agent ─► launcher ──► (prepare; waits; input; waits; farewell) ──pipe──► client ──► out, err, exit
+//!              └─ returns at PREPARED        ▲        ▲     each wait at a fifo, for its limit at most
+//!  agent ─► locker ──────────────────────────┘        │      ─► returns when all have said READY
+//!  agent ─► releaser ─────────────────────────────────┘      ─► returns what the clients said
 //! ```
 //!
-//! * Nothing is asked of the agent between the two: while file systems are frozen it starts no program.
-//! * The client has a time limit of its own in the guest: it ends when the sidecar and the agent are both gone.
+//! * Nothing is asked of the agent between locker and releaser: while file systems are frozen it starts no program.
+//! * Between the lock and its release no program is started but by these two, which begin with what they are there for: to
+//!   start one takes a guest a while.
+//! * A client has time limits of its own in the guest: it ends when the sidecar and the agent are both gone.
 //! * Its files lie in a directory of its own in the guest's `/run`, for root only, and are removed by the releaser.
 //! * The scripts are for any POSIX shell with coreutils or busybox.
 
@@ -21,95 +24,140 @@ use crate::agent::{AgentError, Channel, Executed};
 use crate::grade::Held;
 
 /// How often a program in the guest is asked for.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// What a script may take beyond its own limits.
 const GRACE: Duration = Duration::from_secs(10);
+/// What the releaser prints before what a client said, and before its complaints.
+const OF: &str = "livebackup-hold";
+const COMPLAINTS: &str = "livebackup-complaints";
 
-/// $1 input, $2 farewell, $3 limit, $4 ready within, then the client.
+/// $1 prepare, $2 input, $3 farewell, $4 limit, $5 ready within, then the client.
 const LAUNCHER: &str = r#"
 umask 077
 d=$(mktemp -d /run/livebackup-hold.XXXXXX) || exit 1
-mkfifo "$d/release" || exit 1
-input=$1 farewell=$2 limit=$3 within=$4
-shift 4
+mkfifo "$d/go" && exec 8<>"$d/go" || exit 1
+prepare=$1 input=$2 farewell=$3 limit=$4 within=$5
+shift 5
+letter() { [ "$(timeout "$1" dd bs=1 count=1 <&8 2>/dev/null)" = "$2" ]; }
 (
-  { printf '%s' "$input"
-    if timeout "$limit" cat "$d/release"; then printf '%s' "$farewell"; else : >"$d/expired"; fi
-  } | timeout $((limit + within + 5)) "$@" >"$d/out" 2>"$d/err"
-  echo $? >"$d/exit.new"
-  mv "$d/exit.new" "$d/exit"
+  if [ -z "$prepare" ] && ! letter $((within + limit)) l; then echo 0 >"$d/exit"; exit; fi
+  { printf '%s' "$prepare"
+    if [ -z "$prepare" ] || letter $((within + limit)) l; then
+      printf '%s' "$input"
+      if letter "$limit" r; then printf '%s' "$farewell"; elif [ ! -e "$d/exit" ]; then : >"$d/expired"; fi
+    fi
+  } | {
+    timeout $((2 * (limit + within) + 5)) "$@" 8<&- >"$d/out" 2>"$d/err"
+    echo $? >"$d/exit.new"
+    mv "$d/exit.new" "$d/exit"
+    printf x >&8
+    [ ! -e "$d/abandoned" ] || rm -rf "$d"
+  }
 ) </dev/null >/dev/null 2>&1 &
 echo "$d"
+[ -n "$prepare" ] || exit 0
 n=0
-until grep -qx READY "$d/out" 2>/dev/null; do
+until grep -qx PREPARED "$d/out" 2>/dev/null; do
   if [ -e "$d/exit" ]; then cat "$d/out" "$d/err" >&2; rm -rf "$d"; exit 2; fi
   n=$((n + 1))
   if [ $n -gt $((within * 10)) ]; then
     cat "$d/out" "$d/err" >&2
-    timeout 2 sh -c ': >"$1"' sh "$d/release"
+    : >"$d/abandoned"
+    printf r >&8
     exit 3
   fi
   sleep 0.1
 done
 "#;
 
-/// $1 the directory.
-const RELEASER: &str = r#"
-d=$1
-[ -d "$d" ] || exit 7
-[ ! -e "$d/exit" ] || early=yes
-[ "$early" ] || timeout 5 sh -c ': >"$1"' sh "$d/release"
+/// $1 ready within, then the directories. Prints those whose clients have not become ready.
+const LOCKER: &str = r#"
+within=$1
+shift
+for d; do [ ! -d "$d" ] || printf l 1<>"$d/go"; done
+said() { while read -r line; do [ "$line" != READY ] || return 0; done <"$1"; return 1; }
 n=0
-until [ -e "$d/exit" ]; do
-  n=$((n + 1))
-  [ $n -le 100 ] || exit 3
-  sleep 0.1
+for d; do
+  until [ -e "$d/out" ] && said "$d/out"; do
+    n=$((n + 1))
+    if [ -e "$d/exit" ] || [ ! -d "$d" ] || [ $n -gt $((within * 50)) ]; then echo "$d"; break; fi
+    sleep 0.02
+  done
 done
-cat "$d/out"
-cat "$d/err" >&2
-code=$(cat "$d/exit")
-[ ! -e "$d/expired" ] || expired=yes
-rm -rf "$d"
-[ "$code" = 0 ] || exit 4
-[ -z "$expired" ] || exit 5
-[ -z "$early" ] || exit 6
 "#;
 
-/// A hold in the guest that holds.
+/// $@ the directories.
+const RELEASER: &str = r#"
+for d; do
+  if [ -e "$d/exit" ]; then : >"$d/early"; elif [ -d "$d" ]; then printf r 1<>"$d/go"; fi
+done
+n=0
+for d; do
+  until [ -e "$d/exit" ] || [ ! -d "$d" ] || [ $n -gt 500 ]; do n=$((n + 1)); sleep 0.02; done
+done
+for d; do
+  code=gone expired=no early=no
+  [ ! -d "$d" ] || code=late
+  [ ! -e "$d/exit" ] || read -r code <"$d/exit"
+  [ ! -e "$d/expired" ] || expired=yes
+  [ ! -e "$d/early" ] || early=yes
+  echo "livebackup-hold $d $code $expired $early"
+  cat "$d/out" 2>/dev/null
+  echo
+  echo livebackup-complaints
+  cat "$d/err" 2>/dev/null
+  echo
+  [ ! -e "$d/exit" ] || rm -rf "$d"
+done
+"#;
+
+/// A hold in the guest that can be locked, or holds.
 #[derive(Debug)]
 pub struct Taken {
     hold: Hold,
     dir: String,
-    held: Held,
-    ready_at: Instant,
+    started: Instant,
+    /// When the lock was asked for.
+    locked: Instant,
+    ready_us: u64,
 }
 
 fn failed(hold: &Hold, why: String) -> Held {
     Held { name: hold.name.clone(), failed: Some(why), ..Held::default() }
 }
 
-fn complaints(done: &Executed) -> String {
-    let text = String::from_utf8_lossy(&done.errors);
+fn in_words(text: &str) -> String {
     text.split_whitespace().take(60).collect::<Vec<_>>().join(" ")
 }
 
-/// Takes a hold in the guest.
-///
-/// # Errors
-/// What the manifest says of it: why it does not hold.
-pub async fn take(agent: &mut Channel, hold: &Hold) -> Result<Taken, Held> {
-    let start = Instant::now();
-    let (limit, within) = (seconds(hold.limit), seconds(hold.ready_within));
-    let script = &hold.script;
-    let mut arguments = vec!["-c", LAUNCHER, "sh", &script.input, &script.farewell, &limit, &within];
-    arguments.extend(script.run.iter().map(String::as_str));
-    let done = run(agent, &arguments, hold.ready_within + GRACE).await.map_err(|why| failed(hold, why))?;
-    let ready_us = start.elapsed().as_micros() as u64;
+/// Prepares holds in the guest, all at once. Each comes back, or what the manifest says of it: why it does not hold.
+pub async fn prepare(agent: &mut Channel, holds: &[&Hold]) -> Vec<Result<Taken, Held>> {
+    let started = Instant::now();
+    let mut running = vec![];
+    for hold in holds {
+        let (limit, within) = (seconds(hold.limit), seconds(hold.ready_within));
+        let script = &hold.script;
+        let mut arguments =
+            vec!["-c", LAUNCHER, "sh", &script.prepare, &script.input, &script.farewell, &limit, &within];
+        arguments.extend(script.run.iter().map(String::as_str));
+        running.push(agent.execute("/bin/sh", &arguments, b"").await.map_err(|e| e.to_string()));
+    }
+    let mut prepared = vec![];
+    for (hold, number) in holds.iter().zip(running) {
+        let done = match number {
+            Ok(number) => wait(agent, number, started + hold.ready_within + GRACE).await,
+            Err(why) => Err(why),
+        };
+        prepared.push(done.map_err(|why| failed(hold, why)).and_then(|done| launched(hold, &done, started)));
+    }
+    prepared
+}
+
+fn launched(hold: &Hold, done: &Executed, started: Instant) -> Result<Taken, Held> {
     let said = String::from_utf8_lossy(&done.output);
     match (done.exit_code, said.lines().next().filter(|d| d.starts_with("/run/livebackup-hold."))) {
         (Some(0), Some(dir)) => {
-            let held = Held { name: hold.name.clone(), ready_us, ..Held::default() };
-            Ok(Taken { hold: hold.clone(), dir: dir.to_owned(), held, ready_at: Instant::now() })
+            Ok(Taken { hold: (*hold).clone(), dir: dir.to_owned(), started, locked: started, ready_us: 0 })
         }
         (code, _) => {
             let why = match code {
@@ -117,9 +165,39 @@ pub async fn take(agent: &mut Channel, hold: &Hold) -> Result<Taken, Held> {
                 Some(3) => format!("it was not ready within {} s", hold.ready_within.as_secs_f32()),
                 _ => "it could not be started in the guest".to_owned(),
             };
-            Err(Held { ready_us, ..failed(hold, format!("{why}: {}", complaints(&done))) })
+            Err(failed(hold, format!("{why}: {}", in_words(&String::from_utf8_lossy(&done.errors)))))
         }
     }
+}
+
+/// Locks all that were prepared. Takes away and gives those that do not hold, which have to be released all the same.
+///
+/// # Errors
+/// The agent did not answer, or could not run it: nothing is known of any.
+pub async fn lock(agent: &mut Channel, prepared: &mut Vec<Taken>) -> Result<Vec<Taken>, String> {
+    let within = prepared.iter().map(|taken| taken.hold.ready_within).max().unwrap_or_default();
+    let asked = Instant::now();
+    prepared.iter_mut().for_each(|taken| taken.locked = asked);
+    let seconds = seconds(within);
+    let mut arguments = vec!["-c", LOCKER, "sh", &seconds];
+    arguments.extend(prepared.iter().map(|taken| taken.dir.as_str()));
+    let done = run(agent, &arguments, within + GRACE).await?;
+    if done.exit_code != Some(0) {
+        let complaints = in_words(&String::from_utf8_lossy(&done.errors));
+        return Err(format!("it could not be locked in the guest: {complaints}"));
+    }
+    prepared.iter_mut().for_each(|taken| taken.ready_us = taken.started.elapsed().as_micros() as u64);
+    let said = String::from_utf8_lossy(&done.output);
+    Ok(prepared.extract_if(.., |taken| said.lines().any(|dir| dir == taken.dir)).collect())
+}
+
+/// Lets all go. Says what became of each.
+pub async fn release(agent: &mut Channel, holds: Vec<Taken>) -> Vec<Held> {
+    let mut arguments = vec!["-c", RELEASER, "sh"];
+    arguments.extend(holds.iter().map(|taken| taken.dir.as_str()));
+    let done = run(agent, &arguments, GRACE * 2).await;
+    let text = done.as_ref().map(|done| String::from_utf8_lossy(&done.output).into_owned());
+    holds.into_iter().map(|taken| taken.released(text.as_deref().map_err(|why| (*why).clone()))).collect()
 }
 
 impl Taken {
@@ -128,42 +206,47 @@ impl Taken {
         &self.hold.name
     }
 
-    /// Lets go. Says what became of the hold.
-    pub async fn release(self, agent: &mut Channel) -> Held {
-        let Self { hold, dir, mut held, ready_at } = self;
-        let done = run(agent, &["-c", RELEASER, "sh", &dir], GRACE * 2).await;
-        held.held_us = ready_at.elapsed().as_micros() as u64;
-        held.failed = match done {
-            Err(why) => Some(format!("{why}; it lets go by itself, {} s after its start", seconds(hold.limit))),
-            Ok(done) => {
-                let text = String::from_utf8_lossy(&done.output).into_owned();
-                let mut failure = None;
-                for line in text.lines() {
-                    match hold.script.read(line) {
-                        Said::Position(name, value) => drop(held.positions.insert(name, value)),
-                        Said::Failure(words) => failure = Some(words),
-                        Said::Ready | Said::Nothing => {}
-                    }
-                }
-                let why = match done.exit_code {
-                    Some(0) => None,
-                    Some(3) => Some("it did not end within 10 s of its release"),
-                    Some(5) => Some("its limit ran out before the instant was over"),
-                    Some(6) => Some("it ended before it was released"),
-                    Some(7) => Some("what it left in the guest is gone"),
-                    _ => Some("it failed"),
-                };
-                why.map(|why| format!("{why}: {}", complaints(&done))).or(failure)
-            }
+    /// What became of it, by what the releaser printed.
+    fn released(self, text: Result<&str, String>) -> Held {
+        let mut held = Held {
+            name: self.hold.name.clone(),
+            ready_us: self.ready_us,
+            held_us: self.locked.elapsed().as_micros() as u64,
+            ..Held::default()
         };
+        let text = match text {
+            Ok(text) => text,
+            Err(why) => return self.abandon(&why),
+        };
+        let head = format!("{OF} {} ", self.dir);
+        let mut lines = text.lines().skip_while(|line| !line.starts_with(&head));
+        let result: Vec<_> = lines.next().unwrap_or_default().split(' ').skip(2).collect();
+        let mut failure = None;
+        for line in lines.by_ref().take_while(|line| *line != COMPLAINTS) {
+            match self.hold.script.read(line) {
+                Said::Position(name, value) => drop(held.positions.insert(name, value)),
+                Said::Failure(words) => failure = failure.or(Some(words)),
+                Said::Prepared | Said::Ready | Said::Nothing => {}
+            }
+        }
+        let complaints: Vec<_> = lines.take_while(|line| !line.starts_with(OF)).collect();
+        let why = match result[..] {
+            ["gone", ..] => Some("what it left in the guest is gone"),
+            ["late", ..] => Some("it did not end within 10 s of its release"),
+            [_, "yes", _] => Some("its limit ran out before the instant was over"),
+            [_, _, "yes"] => Some("it ended before it was released"),
+            ["0", _, _] => None,
+            _ => Some("it failed"),
+        };
+        held.failed = why.map(|why| format!("{why}: {}", in_words(&complaints.join(" ")))).or(failure);
         held
     }
 
     /// Nobody is there to release it.
     pub fn abandon(self, why: &str) -> Held {
-        let held_us = self.ready_at.elapsed().as_micros() as u64;
-        let words = format!("{why}; it lets go by itself, {} s after its start", seconds(self.hold.limit));
-        Held { held_us, failed: Some(words), ..self.held }
+        let words = format!("{why}; it lets go by itself, {} s after its lock", seconds(self.hold.limit));
+        let held_us = self.locked.elapsed().as_micros() as u64;
+        Held { name: self.hold.name, ready_us: self.ready_us, held_us, failed: Some(words), ..Held::default() }
     }
 }
 
@@ -174,14 +257,17 @@ fn seconds(time: Duration) -> String {
 /// Runs a shell in the guest to its end.
 async fn run(agent: &mut Channel, arguments: &[&str], within: Duration) -> Result<Executed, String> {
     let deadline = Instant::now() + within;
-    let words = |e: AgentError| e.to_string();
-    let number = agent.execute("/bin/sh", arguments, b"").await.map_err(words)?;
+    let number = agent.execute("/bin/sh", arguments, b"").await.map_err(|e: AgentError| e.to_string())?;
+    wait(agent, number, deadline).await
+}
+
+async fn wait(agent: &mut Channel, number: i64, deadline: Instant) -> Result<Executed, String> {
     loop {
-        if let Some(done) = agent.executed(number).await.map_err(words)? {
+        if let Some(done) = agent.executed(number).await.map_err(|e| e.to_string())? {
             return Ok(done);
         }
         if Instant::now() > deadline {
-            return Err(format!("its program in the guest did not end within {} s", within.as_secs()));
+            return Err("its program in the guest did not end in time".into());
         }
         sleep(LOOK_EVERY).await;
     }

@@ -1,15 +1,19 @@
 //! Hold: a database kept quiet over the instant.
 //!
 //! ```text
-//!  take ─► program starts ─► (positions) ─► READY ══ instant ══ release: standard input closes ─► it ends with 0
-//!             │                   │           │
-//!             └── not ready in time: killed ──┴── ends, or its time is over: it did not hold
+//! prepare ─► program starts ─► PREPARED … lock ─► (positions) ─► READY ══ instant ══ release: standard input closes ─► it ends
+//!               │ (what is slow)                    │               │
+//!               └── not ready in time: killed ──────┴───────────────┴── ends, or its time is over: it did not hold
 //! ```
+//!
+//! The step before the lock is there so that no database waits for another one's checkpoint: all are prepared, then all are
+//! locked at once.
 //!
 //! On the host a hold is a program. It prints `NAME=VALUE` lines (positions) and then a line `READY`, holds until its
 //! standard input closes, prints more lines if it likes, and ends with exit code 0. So a dead sidecar releases it: its end
 //! of the pipe closes however it dies. The [profiles](super::profile) are such programs, made of a database's own client
-//! and what it is to be told. In the guest the same is done by the agent ([`super::guest_hold`]).
+//! and what it is to be told; they say `PREPARED` first. A program of the operator has no such step, and is started when the
+//! others are locked. In the guest the same is done by the agent ([`super::guest_hold`]).
 //!
 //! * **Held** means: ready in time, alive and within its limit at the release, and ended with 0 after its farewell (for a
 //!   database: over the same connection that has the lock). Everything else is a hold that failed, with its reason.
@@ -39,6 +43,8 @@ pub const DEFAULT_READY_WITHIN: Duration = Duration::from_secs(30);
 pub const MAX_LIMIT: Duration = Duration::from_secs(600);
 /// What a hold prints when it holds.
 pub const READY: &str = "READY";
+/// What a hold of ours prints when all is done that can be done before the lock.
+pub const PREPARED: &str = "PREPARED";
 
 /// How long a program may take to end after its release.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
@@ -83,7 +89,9 @@ pub struct Script {
     pub run: Vec<String>,
     /// What is added to its environment.
     pub env: BTreeMap<String, String>,
-    /// What is written to its standard input at first.
+    /// What is written to its standard input at first, until it says `PREPARED`; if that is empty, it is started for the lock.
+    pub prepare: String,
+    /// What is written to its standard input for the lock, until it says `READY`.
     pub input: String,
     /// What is written before its standard input closes.
     pub farewell: String,
@@ -97,6 +105,9 @@ impl Script {
         let line = line.trim();
         if line == READY {
             return Said::Ready;
+        }
+        if line == PREPARED {
+            return Said::Prepared;
         }
         if let Some((file, offset)) = binary_log(line) {
             return Said::Position("binlog".into(), format!("{file}:{offset}"));
@@ -129,77 +140,135 @@ fn is_name(text: &str) -> bool {
 /// What a line of a hold says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Said {
+    Prepared,
     Ready,
     Position(String, String),
     Failure(String),
     Nothing,
 }
 
-/// A hold that holds.
+/// A hold that can be locked.
 #[derive(Debug)]
-pub struct Taken {
+pub struct Prepared {
+    name: String,
+    lock: oneshot::Sender<()>,
+    locked: oneshot::Receiver<Result<(), Held>>,
     release: oneshot::Sender<()>,
     ended: oneshot::Receiver<Held>,
 }
 
-/// Takes a hold of this host.
+/// A hold that holds.
+#[derive(Debug)]
+pub struct Taken {
+    name: String,
+    release: oneshot::Sender<()>,
+    ended: oneshot::Receiver<Held>,
+}
+
+fn lost(name: &str) -> Held {
+    let failed = Some("its task ended early; the log says why".into());
+    Held { name: name.to_owned(), failed, ..Held::default() }
+}
+
+/// Prepares a hold of this host: all that is slow. When what it gives is dropped, nothing of it is left.
 ///
 /// # Errors
 /// What the manifest says of it: why it does not hold. Nothing of it is left.
-pub async fn take(hold: &Hold) -> Result<Taken, Held> {
+pub async fn prepare(hold: &Hold) -> Result<Prepared, Held> {
     let (answer, answered) = oneshot::channel();
+    let (lock, lock_asked) = oneshot::channel();
+    let (lock_answer, locked) = oneshot::channel();
     let (release, released) = oneshot::channel();
     let (end, ended) = oneshot::channel();
-    // A task of its own: it keeps its limit whatever its owner does.
-    tokio::spawn(run(hold.clone(), answer, released, end));
-    let failed = |why: String| Held { name: hold.name.clone(), failed: Some(why), ..Held::default() };
+    // A task of its own: it keeps its limits whatever its owner does.
+    tokio::spawn(run(hold.clone(), answer, (lock_asked, lock_answer), (released, end)));
+    let name = hold.name.clone();
     match answered.await {
-        Ok(Ok(())) => Ok(Taken { release, ended }),
+        Ok(Ok(())) => Ok(Prepared { name, lock, locked, release, ended }),
         Ok(Err(held)) => Err(held),
-        Err(_) => Err(failed("its task ended early; the log says why".into())),
+        Err(_) => Err(lost(&name)),
+    }
+}
+
+impl Prepared {
+    /// Locks.
+    ///
+    /// # Errors
+    /// As [`prepare`].
+    pub async fn lock(self) -> Result<Taken, Held> {
+        let Self { name, lock, locked, release, ended } = self;
+        // Where the task has ended already, it says why.
+        let _ = lock.send(());
+        match locked.await {
+            Ok(Ok(())) => Ok(Taken { name, release, ended }),
+            Ok(Err(held)) => Err(held),
+            Err(_) => Err(lost(&name)),
+        }
     }
 }
 
 impl Taken {
     /// Lets go and waits for the end. Says what became of the hold.
-    pub async fn release(self, name: &str) -> Held {
+    pub async fn release(self) -> Held {
         // Where the task has ended already, it says why.
         let _ = self.release.send(());
-        let lost = || Held { name: name.into(), failed: Some("its task ended early".into()), ..Held::default() };
-        self.ended.await.unwrap_or_else(|_| lost())
+        self.ended.await.unwrap_or_else(|_| lost(&self.name))
+    }
+}
+
+/// Starts it and waits for a word, for its limit at most. Takes the program, and gives it back when it has said that.
+async fn until(hold: &Hold, program: Option<Program>, input: &str, word: Said) -> Result<Program, String> {
+    let mut program = match program {
+        Some(program) => program,
+        None => Program::start(&hold.script)?,
+    };
+    let said = timeout(hold.ready_within, program.until(&hold.script, input, word)).await;
+    let late = || format!("it was not ready within {} s", hold.ready_within.as_secs_f32());
+    match said.unwrap_or_else(|_| Err(late())) {
+        Ok(()) => Ok(program),
+        Err(why) => Err(program.kill(why).await),
     }
 }
 
 async fn run(
     hold: Hold,
     answer: oneshot::Sender<Result<(), Held>>,
-    released: oneshot::Receiver<()>,
-    end: oneshot::Sender<Held>,
+    (lock_asked, lock_answer): (oneshot::Receiver<()>, oneshot::Sender<Result<(), Held>>),
+    (released, end): (oneshot::Receiver<()>, oneshot::Sender<Held>),
 ) {
     let start = Instant::now();
     let mut held = Held { name: hold.name.clone(), ..Held::default() };
-    let mut program = match Program::start(&hold.script) {
+    let mut program = None;
+    if !hold.script.prepare.is_empty() {
+        match until(&hold, None, &hold.script.prepare, Said::Prepared).await {
+            Ok(prepared) => program = Some(prepared),
+            Err(why) => {
+                let _ = answer.send(Err(Held { failed: Some(why), ..held }));
+                return;
+            }
+        }
+    }
+    let gave_up = answer.send(Ok(())).is_err() || lock_asked.await.is_err();
+    if gave_up {
+        if let Some(program) = program {
+            program.kill(String::new()).await;
+        }
+        return;
+    }
+    // From now on others may wait for the database.
+    let locked_at = Instant::now();
+    let mut program = match until(&hold, program, &hold.script.input, Said::Ready).await {
         Ok(program) => program,
         Err(why) => {
-            let _ = answer.send(Err(Held { failed: Some(why), ..held }));
+            held.ready_us = start.elapsed().as_micros() as u64;
+            let _ = lock_answer.send(Err(Held { failed: Some(why), ..held }));
             return;
         }
     };
-    let ready = timeout(hold.ready_within, program.until_ready(&hold.script)).await;
     held.ready_us = start.elapsed().as_micros() as u64;
-    let not_ready = match ready {
-        Ok(Ok(())) => None,
-        Ok(Err(why)) => Some(why),
-        Err(_) => Some(format!("it was not ready within {} s", hold.ready_within.as_secs_f32())),
-    };
-    if let Some(why) = not_ready {
-        let why = program.kill(why).await;
-        let _ = answer.send(Err(Held { failed: Some(why), ..held }));
-        return;
-    }
     fault::point("hold.ready");
-    let (ready_at, deadline) = (Instant::now(), Instant::now() + hold.limit);
-    if answer.send(Ok(())).is_err() {
+    let deadline = Instant::now() + hold.limit;
+    if lock_answer.send(Ok(())).is_err() {
         program.kill(String::new()).await;
         return;
     }
@@ -217,7 +286,7 @@ async fn run(
         Some(why) => Some(why),
         None => timeout(ENDS_WITHIN, program.end(&hold.script)).await.unwrap_or_else(|_| late()).err(),
     };
-    held.held_us = ready_at.elapsed().as_micros() as u64;
+    held.held_us = locked_at.elapsed().as_micros() as u64;
     held.positions = std::mem::take(&mut program.positions);
     if let Some(why) = broken {
         held.failed = Some(program.kill(why).await);
@@ -270,15 +339,16 @@ impl Program {
         }
     }
 
-    async fn until_ready(&mut self, script: &Script) -> Result<(), String> {
-        self.write(&script.input).await.map_err(|e| format!("it does not read its input: {e}"))?;
+    /// Writes some input, and reads until a word.
+    async fn until(&mut self, script: &Script, input: &str, word: Said) -> Result<(), String> {
+        self.write(input).await.map_err(|e| format!("it does not read its input: {e}"))?;
         loop {
             match self.line().await?.map(|line| script.read(&line)) {
                 None => return Err("it ended without being ready".into()),
-                Some(Said::Ready) => return Ok(()),
+                Some(said) if said == word => return Ok(()),
                 Some(Said::Position(name, value)) => self.keep(name, value),
                 Some(Said::Failure(words)) => return Err(words),
-                Some(Said::Nothing) => {}
+                Some(_) => {}
             }
         }
     }
@@ -308,7 +378,7 @@ impl Program {
             match script.read(&line) {
                 Said::Position(name, value) => self.keep(name, value),
                 Said::Failure(words) => failed = failed.or(Some(words)),
-                Said::Ready | Said::Nothing => {}
+                Said::Prepared | Said::Ready | Said::Nothing => {}
             }
         }
         let status = self.child.wait().await.map_err(|e| e.to_string())?;
@@ -346,7 +416,7 @@ mod tests {
     fn lines() {
         let free = Script::default();
         let strict = Script { only: Some(&["OK"]), ..Script::default() };
-        assert_eq!(free.read("READY\n"), Said::Ready);
+        assert_eq!((free.read("READY\n"), strict.read("PREPARED")), (Said::Ready, Said::Prepared));
         assert_eq!(free.read("wal_lsn=0/15D68A0\n"), position("wal_lsn", "0/15D68A0"));
         assert_eq!(free.read("gtid_binlog_pos\t0-1-42\n"), position("gtid_binlog_pos", "0-1-42"));
         assert_eq!(free.read("mysqld-bin.000001\t330\t\t\n"), position("binlog", "mysqld-bin.000001:330"));

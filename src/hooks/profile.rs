@@ -2,8 +2,9 @@
 //!
 //! | profile | what it does | positions | an account needs |
 //! |---|---|---|---|
-//! | postgresql | checkpoint; the session stays open over the instant | `wal_lsn` before, `wal_lsn_after` | `pg_checkpoint` (15 and later; before: superuser) |
+//! | postgresql | checkpoint, before the lock; the session stays open over the instant | `wal_lsn` before, `wal_lsn_after` | `pg_checkpoint` (15 and later; before: superuser) |
 //! | mariadb | `FLUSH TABLES WITH READ LOCK` over the instant, engine logs flushed | `binlog`, `gtid_binlog_pos` | `RELOAD`, `BINLOG MONITOR` |
+//! | mysql | the same, of MySQL 8.4 and later | `binlog`, `gtid_executed` | `RELOAD`, `REPLICATION CLIENT` |
 //! | redis | writes paused over the instant, `SAVE` | | `+save +lastsave +client +echo` |
 //!
 //! PostgreSQL has no lock that stops all writers, and needs none: it is made to open at any one instant, and the
@@ -28,6 +29,8 @@ pub enum Profile {
     Postgresql,
     /// MariaDB, and MySQL before 8.4.
     Mariadb,
+    /// MySQL 8.4 and later.
+    Mysql,
     /// Redis.
     Redis,
 }
@@ -60,6 +63,7 @@ impl Profile {
         match self {
             Self::Postgresql => "postgresql",
             Self::Mariadb => "mariadb",
+            Self::Mysql => "mysql",
             Self::Redis => "redis",
         }
     }
@@ -71,7 +75,8 @@ impl Profile {
     pub fn script(self, account: &Account, ready_within: Duration, limit: Duration) -> Result<Script, String> {
         let mut script = match self {
             Self::Postgresql => postgresql(account),
-            Self::Mariadb => mariadb(account, ready_within, limit),
+            Self::Mariadb => mariadb(account, "mariadb", "MASTER", ready_within, limit),
+            Self::Mysql => mariadb(account, "mysql", "BINARY LOG", ready_within, limit),
             Self::Redis => redis(account, limit)?,
         };
         if let Some(user) = &account.guest_user {
@@ -107,23 +112,21 @@ fn postgresql(account: &Account) -> Script {
     Script {
         run,
         env: file.into_iter().chain([timeout]).collect(),
-        input: format!(
-            "SELECT 'version=' || current_setting('server_version');\n\
-             CHECKPOINT;\nSELECT 'wal_lsn=' || {WAL_POSITION}SELECT 'READY';\n"
-        ),
+        prepare: "SELECT 'version=' || current_setting('server_version');\nCHECKPOINT;\nSELECT 'PREPARED';\n".into(),
+        input: format!("SELECT 'wal_lsn=' || {WAL_POSITION}SELECT 'READY';\n"),
         farewell: format!("SELECT 'wal_lsn_after=' || {WAL_POSITION}"),
         only: None,
     }
 }
 
-fn mariadb(account: &Account, ready_within: Duration, limit: Duration) -> Script {
+/// `log` is what its language calls the binary log whose status is shown.
+fn mariadb(account: &Account, usual: &str, log: &str, ready_within: Duration, limit: Duration) -> Script {
     let port = account.port.map(|p| p.to_string());
     let (socket, host) = match &account.host {
         Some(path) if path.starts_with('/') => (Some(path.clone()), None),
         host => (None, host.clone()),
     };
-    let mut run =
-        client(account, "mariadb", [("-h", host), ("-P", port), ("-u", account.user.clone()), ("-S", socket)]);
+    let mut run = client(account, usual, [("-h", host), ("-P", port), ("-u", account.user.clone()), ("-S", socket)]);
     // It has to be the first.
     let file = account.password_file.as_ref().map(|f| format!("--defaults-extra-file={}", f.display()));
     run.splice(1..1, file);
@@ -134,10 +137,13 @@ fn mariadb(account: &Account, ready_within: Duration, limit: Duration) -> Script
     let forgotten_s = limit.as_secs().max(1) + 5;
     Script {
         run,
-        input: format!(
+        // The first flush is without a lock: it leaves the second one little to do.
+        prepare: format!(
             "SET SESSION lock_wait_timeout = {wait_s};\nSET SESSION wait_timeout = {forgotten_s};\n\
-             SELECT CONCAT('version=', VERSION());\nFLUSH TABLES WITH READ LOCK;\nFLUSH LOCAL ENGINE LOGS;\n\
-             SHOW MASTER STATUS;\n\
+             SELECT CONCAT('version=', VERSION());\nFLUSH LOCAL TABLES;\nFLUSH LOCAL ENGINE LOGS;\nSELECT 'PREPARED';\n"
+        ),
+        input: format!(
+            "FLUSH TABLES WITH READ LOCK;\nFLUSH LOCAL ENGINE LOGS;\nSHOW {log} STATUS;\n\
              SHOW GLOBAL VARIABLES WHERE Variable_name IN ('gtid_binlog_pos', 'gtid_executed', 'server_id');\n\
              SELECT 'READY';\n"
         ),
@@ -156,6 +162,7 @@ fn redis(account: &Account, limit: Duration) -> Result<Script, String> {
         client(account, "redis-cli", [("-h", host), ("-p", port), ("-s", socket), ("--user", account.user.clone())]);
     let mut script = Script {
         run,
+        prepare: "ECHO PREPARED\n".into(),
         input: format!("CLIENT PAUSE {} WRITE\nSAVE\nLASTSAVE\nECHO READY\n", limit.as_millis()),
         farewell: "CLIENT UNPAUSE\n".into(),
         only: Some(&["OK"]),
@@ -179,10 +186,11 @@ mod tests {
         std::fs::write(&file, "geheim\n").unwrap();
         let account = Account { password_file: Some(file.clone()), guest_user: Some("u".into()), ..Account::default() };
         let time = Duration::from_secs(5);
-        for profile in [Profile::Postgresql, Profile::Mariadb, Profile::Redis] {
+        for profile in [Profile::Postgresql, Profile::Mariadb, Profile::Mysql, Profile::Redis] {
             let script = profile.script(&account, time, time).unwrap();
             assert!(!script.run.iter().any(|a| a.contains("geheim")), "{script:?}");
             assert_eq!(script.run[..4], ["runuser", "-u", "u", "--"]);
+            assert!(script.prepare.contains("PREPARED"));
             assert!(script.input.ends_with("READY\n") || script.input.ends_with("'READY';\n"));
         }
         let script = Profile::Mariadb.script(&Account { guest_user: None, ..account }, time, time).unwrap();

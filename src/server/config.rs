@@ -25,6 +25,8 @@
 //! freeze = "prefer"                # or "require", "never"; may be left out
 //! freeze_lease_s = 10              # longest freeze; may be left out
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
+//! trim = "prefer"                  # or "require", "never": the guest trims its file systems before a disk is read
+//!                                  # whole (guest-fstrim, for up to 5 minutes); may be left out: "never"
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
 //! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
 //! skip_swap = true                 # swap is not backed up: the same as skip = ["swap"]; may be left out
@@ -187,6 +189,8 @@ struct VmTable {
     freeze_lease_s: Option<u64>,
     #[serde(default)]
     freeze_mount_points: Vec<String>,
+    #[serde(default = "never")]
+    trim: Policy,
     shutdown: Option<String>,
     #[serde(default)]
     persistent_bitmaps: bool,
@@ -198,6 +202,10 @@ struct VmTable {
     hold: Vec<HoldTable>,
     #[serde(default)]
     hook: Vec<HookTable>,
+}
+
+fn never() -> Policy {
+    Policy::Never
 }
 
 impl VmTable {
@@ -213,7 +221,8 @@ impl VmTable {
         }
         let (holds, hooks) = tables(self.hold, self.hook)?;
         let mount_points = self.freeze_mount_points;
-        let quiet = QuietOptions { agent: self.agent, freeze: self.freeze, mount_points, lease, holds, hooks };
+        let (agent, freeze, trim) = (self.agent, self.freeze, self.trim);
+        let quiet = QuietOptions { agent, freeze, mount_points, lease, trim, holds, hooks };
         let power_off = match self.shutdown.as_deref() {
             None | Some("leave") => PowerOff::Leave,
             Some("harvest") => PowerOff::Harvest,

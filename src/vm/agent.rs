@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
 
 use crate::agent::{Address, AgentError, Channel, FileSystemDisk, PciAddress};
 use crate::grade::{Guest, GuestFileSystem};
@@ -23,33 +24,43 @@ use crate::monitor::{Monitor, MonitorError};
 const PORT: &str = "org.qemu.guest_agent.0";
 /// How long an agent may take to answer for the first time.
 const OPEN_WITHIN: Duration = Duration::from_secs(5);
+/// How often a program in the guest is asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Most devices that are looked at, and bridges below one another.
 const MAX_DEVICES: usize = 4096;
 const MAX_DEPTH: usize = 16;
 
+/// Why there is no agent to talk to.
+#[derive(Debug, thiserror::Error)]
+pub enum Absence {
+    /// QEMU has no channel for one.
+    #[error(
+        "the virtual machine has no channel to a guest agent: a unix socket chardev with a virtserialport named {PORT}"
+    )]
+    NoPort,
+    /// Nobody in the guest listens.
+    #[error("no agent runs in the guest: nobody has its port open")]
+    NotRunning,
+    /// Its only place is taken.
+    #[error("another program has the guest agent's channel at {0}, which takes one at a time")]
+    Taken(Address),
+    /// It does not answer.
+    #[error("{0}")]
+    Silent(String),
+    /// QEMU cannot be asked.
+    #[error("{0}")]
+    Unknown(String),
+}
+
 /// Opens the agent's channel: at the address that is configured, else at that which QEMU has.
-///
-/// # Errors
-/// Why there is no agent to talk to, in a sentence.
-pub async fn open(monitor: &Monitor, configured: Option<&Address>) -> Result<Channel, String> {
-    let found = find(monitor, configured).await.map_err(|e| e.to_string())?;
-    let address = match found {
-        Found::At { agent_runs: false, .. } => {
-            return Err("no agent runs in the guest: nobody has its port open".into());
-        }
-        Found::At { address, taken: true, .. } => {
-            return Err(format!(
-                "another program has the guest agent's channel at {address}, which takes one at a time"
-            ));
-        }
+pub async fn open(monitor: &Monitor, configured: Option<&Address>) -> Result<Channel, Absence> {
+    let address = match find(monitor, configured).await.map_err(|e| Absence::Unknown(e.to_string()))? {
+        Found::At { agent_runs: false, .. } => return Err(Absence::NotRunning),
+        Found::At { address, taken: true, .. } => return Err(Absence::Taken(address)),
         Found::At { address, .. } | Found::Elsewhere(address) => address,
-        Found::Nowhere => {
-            return Err(format!(
-                "the virtual machine has no channel to a guest agent: a unix socket chardev with a virtserialport named {PORT}"
-            ));
-        }
+        Found::Nowhere => return Err(Absence::NoPort),
     };
-    Channel::open(&address, OPEN_WITHIN).await.map_err(|e| e.to_string())
+    Channel::open(&address, OPEN_WITHIN).await.map_err(|e| Absence::Silent(e.to_string()))
 }
 
 /// What QEMU knows of the agent's channel.
@@ -151,6 +162,16 @@ pub async fn guest(monitor: &Monitor, agent: &mut Channel, disks: &[&Disk]) -> R
         host_name,
         file_systems: file_systems.collect(),
     })
+}
+
+/// Lets a guest that is no Windows write out what it has in memory, so that a freeze right after it has little to write. What
+/// fails, or is not allowed, does no harm.
+pub async fn flush(agent: &mut Channel, within: Duration) {
+    let deadline = Instant::now() + within;
+    let Ok(number) = agent.execute("sync", &[], b"").await else { return };
+    while Instant::now() < deadline && matches!(agent.executed(number).await, Ok(None)) {
+        sleep(LOOK_EVERY).await;
+    }
 }
 
 /// The VM's name of a disk, else the guest's.

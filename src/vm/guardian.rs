@@ -80,7 +80,8 @@ impl Guardian {
     pub fn paid(mut self) {
         let _ = self.pipe.write_all(b"paid\n");
         drop(self.pipe);
-        let _ = self.child.wait();
+        // Nobody waits for its end: a database may be held still.
+        std::thread::spawn(move || self.child.wait());
     }
 }
 

@@ -1,11 +1,13 @@
 //! Quiet: databases are held and file systems stand still around the instant, as far as the policies ask and the guest can.
 //!
 //! ```text
-//!  prepare (guest runs: agent found, guest asked) ─► enter ═════════ instant ═════════ leave ─► evidence
-//!                                                      │                                 │
-//!                             hooks ─► holds ─► debt, guardian, freeze    thaw, debt struck out ─► release ─► hooks
+//!  prepare (guest runs: agent found, guest asked, trim) ─► enter ═════════ instant ═════════ leave ─► evidence
+//!                                                            │                                 │
+//!     hooks ─► holds prepared, guest flushed, guardian ─► holds locked ─► debt, freeze    thaw ─► release ─► hooks
 //! ```
 //!
+//! * Whatever is slow comes before the first lock, and the locks come all at once: a database's writers wait for the freeze
+//!   and the instant, and for no other database.
 //! * What fails becomes a reason in the [`Evidence`], and with [`Policy::Require`] a failure of the backup.
 //! * `leave` is called whatever happened since `enter`; it waits for the guest for a bounded time only, and what is not
 //!   over then is tried on by the lease's own task.
@@ -13,9 +15,9 @@
 //!   next start ([`thaw_left_over`]). It needs no fsync, as no debt does. A token that changed is another freeze's debt.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use serde::{Deserialize, Serialize};
 
 use super::guardian::Guardian;
@@ -23,7 +25,7 @@ use super::undo::{Debt, Debts};
 use super::{agent, internal};
 use crate::agent::{Address, Channel};
 use crate::fault;
-use crate::grade::{Evidence, Frozen, Held, Policy};
+use crate::grade::{Evidence, Frozen, Held, Policy, Trimmed};
 use crate::hooks::freeze::{self, DEFAULT_LEASE, Lease, Wish};
 use crate::hooks::guest_hold;
 use crate::hooks::hold::{self, Hold};
@@ -39,6 +41,10 @@ const THAW_WITHIN: Duration = Duration::from_secs(10);
 const LEFT_OVER_WITHIN: Duration = Duration::from_secs(10);
 /// How long an agent may take to answer that has just been there.
 const AGENT_WITHIN: Duration = Duration::from_secs(5);
+/// How long the guest may take to write out what it has in memory, before anything is held.
+const FLUSH_WITHIN: Duration = Duration::from_secs(20);
+/// How long the guest may take to trim its file systems: a large one on a slow disk takes minutes.
+const TRIM_WITHIN: Duration = Duration::from_secs(300);
 /// Longest debt file that is read.
 const MAX_OWED_BYTES: u64 = 8192;
 
@@ -53,6 +59,8 @@ pub struct QuietOptions {
     pub mount_points: Vec<String>,
     /// For how long at most.
     pub lease: Duration,
+    /// Whether the guest's file systems are trimmed before a disk is read whole.
+    pub trim: Policy,
     /// Databases that are held.
     pub holds: Vec<Hold>,
     /// Programs of the operator around the sidecar's phases.
@@ -61,8 +69,8 @@ pub struct QuietOptions {
 
 impl Default for QuietOptions {
     fn default() -> Self {
-        let (freeze, lease) = (Policy::default(), DEFAULT_LEASE);
-        Self { agent: None, freeze, mount_points: vec![], lease, holds: vec![], hooks: vec![] }
+        let (freeze, lease, trim) = (Policy::default(), DEFAULT_LEASE, Policy::Never);
+        Self { agent: None, freeze, mount_points: vec![], lease, trim, holds: vec![], hooks: vec![] }
     }
 }
 
@@ -87,16 +95,12 @@ pub struct Quiet {
     about: About,
     /// Whether the instant's hooks have to be run.
     entered: bool,
-    held: Vec<Holding>,
+    held_here: Vec<hold::Taken>,
+    held_in_guest: Vec<guest_hold::Taken>,
+    /// Owes the thaw that there may be; started before the first lock.
+    guardian: Option<Guardian>,
     lease: Option<Lease>,
     evidence: Evidence,
-}
-
-/// A hold that holds.
-#[derive(Debug)]
-enum Holding {
-    Host(String, hold::Taken),
-    Guest(Box<guest_hold::Taken>),
 }
 
 fn not_quiet(reason: &str) -> Failure {
@@ -112,13 +116,14 @@ fn not_held(held: &Held) -> Failure {
 }
 
 impl Quiet {
-    /// Everything slow, while the guest runs.
+    /// Everything slow, while the guest runs. `whole` says whether a disk will be read whole.
     pub async fn prepare(
         monitor: &Monitor,
         sockets: &Path,
         options: QuietOptions,
         about: About,
         disks: &[&Disk],
+        whole: bool,
     ) -> Result<Self, Failure> {
         let mut this = Self {
             monitor: monitor.clone(),
@@ -128,7 +133,9 @@ impl Quiet {
             address: None,
             about,
             entered: false,
-            held: vec![],
+            held_here: vec![],
+            held_in_guest: vec![],
+            guardian: None,
             lease: None,
             evidence: Evidence::default(),
             options,
@@ -141,11 +148,46 @@ impl Quiet {
             Err(reason) if this.options.freeze == Policy::Require => return Err(not_quiet(&reason)),
             Err(reason) => this.no_agent = reason,
         }
+        if whole && this.options.trim != Policy::Never {
+            this.trim().await?;
+        }
         Ok(this)
     }
 
+    /// Lets the guest tell its disks what is free, so that it need not be read.
+    async fn trim(&mut self) -> Result<(), Failure> {
+        let start = Instant::now();
+        let trimmed = match &mut self.agent {
+            Some(agent) => agent.trim(TRIM_WITHIN).await.map_err(|e| (e.to_string(), !e.is_refusal())),
+            None => Err((self.no_agent.clone(), false)),
+        };
+        let took_us = start.elapsed().as_micros() as u64;
+        let (file_systems, failed) = match trimmed {
+            Ok(file_systems) => (file_systems as u64, None),
+            Err((why, silent)) => {
+                if let Some(address) = self.address.as_ref().filter(|_| silent) {
+                    // It may be at it still; then nothing can be asked of it.
+                    let again = Channel::open(address, AGENT_WITHIN).await;
+                    self.no_agent = format!("it does not answer since it was told to trim: {why}");
+                    self.agent = again.ok();
+                }
+                (0, Some(why))
+            }
+        };
+        if let Some(why) = failed.as_ref().filter(|_| self.options.trim == Policy::Require) {
+            let what = format!("the guest's file systems were not trimmed, which was required: {why}");
+            return Err(Failure::new(FailureCode::NotQuiet, what));
+        }
+        self.evidence.trimmed = Some(Trimmed { file_systems, took_us, failed });
+        Ok(())
+    }
+
     async fn find_agent(&mut self, disks: &[&Disk]) -> Result<Channel, String> {
-        if self.options.freeze == Policy::Never && !self.options.holds.iter().any(|h| h.place == hold::Place::Guest) {
+        let trims = self.options.trim != Policy::Never;
+        if self.options.freeze == Policy::Never
+            && !trims
+            && !self.options.holds.iter().any(|h| h.place == hold::Place::Guest)
+        {
             return Err("it is switched off (freeze = never)".into());
         }
         let state = monitor::run_state(&self.monitor).await.map_err(|e| e.to_string())?;
@@ -155,7 +197,7 @@ impl Quiet {
         if self.debts.owed(Debt::Thaw) {
             return Err("the guest may be frozen by an earlier backup still, whose thaw is being tried".into());
         }
-        let mut agent = agent::open(&self.monitor, self.options.agent.as_ref()).await?;
+        let mut agent = agent::open(&self.monitor, self.options.agent.as_ref()).await.map_err(|e| e.to_string())?;
         let guest = agent::guest(&self.monitor, &mut agent, disks).await.map_err(|e| e.to_string())?;
         self.evidence.guest = Some(guest);
         Ok(agent)
@@ -163,8 +205,8 @@ impl Quiet {
 
     /// Makes the guest quiet. On an error too, [`Quiet::leave`] has to be called.
     pub async fn enter(&mut self) -> Result<(), Failure> {
-        let Evidence { guest, stopped_us, .. } = std::mem::take(&mut self.evidence);
-        self.evidence = Evidence { guest, stopped_us, ..Evidence::default() };
+        let Evidence { guest, stopped_us, trimmed, .. } = std::mem::take(&mut self.evidence);
+        self.evidence = Evidence { guest, stopped_us, trimmed, ..Evidence::default() };
         self.entered = true;
         let hooks = program::before(&self.options.hooks, Phase::Instant, &self.about).await;
         hooks.map_err(|why| Failure::new(FailureCode::Refused, why))?;
@@ -179,33 +221,68 @@ impl Quiet {
         Ok(())
     }
 
-    /// Takes all holds: those of the host at once, those of the guest after them, one by one.
+    /// Takes all holds, wherever they are: prepares all of them, then locks all of them.
     async fn hold(&mut self) -> Result<(), Failure> {
         let holds = std::mem::take(&mut self.options.holds);
         let (guest, host): (Vec<_>, Vec<_>) = holds.iter().partition(|h| h.place == hold::Place::Guest);
-        let taken = join_all(host.iter().map(|hold| hold::take(hold))).await;
-        for (hold, taken) in host.iter().zip(taken) {
-            match taken {
-                Ok(taken) => self.held.push(Holding::Host(hold.name.clone(), taken)),
-                Err(held) => self.evidence.holds.push(held),
+        let agent = &mut self.agent;
+        let no_agent = |hold: &&Hold| {
+            let (name, failed) = (hold.name.clone(), Some(self.no_agent.clone()));
+            Err(Held { name, failed, ..Held::default() })
+        };
+        let in_guest = async {
+            match agent {
+                _ if guest.is_empty() => vec![],
+                Some(agent) => guest_hold::prepare(agent, &guest).await,
+                None => guest.iter().map(no_agent).collect(),
             }
-        }
-        for hold in guest {
-            let taken = match &mut self.agent {
-                Some(agent) => guest_hold::take(agent, hold).await,
-                None => {
-                    let (name, failed) = (hold.name.clone(), Some(self.no_agent.clone()));
-                    Err(Held { name, failed, ..Held::default() })
-                }
-            };
-            match taken {
-                Ok(taken) => self.held.push(Holding::Guest(Box::new(taken))),
-                Err(held) => self.evidence.holds.push(held),
-            }
-        }
+        };
+        let (here, in_guest) = join(join_all(host.iter().map(|hold| hold::prepare(hold))), in_guest).await;
+        let here = self.sort_out(here);
+        self.held_in_guest = self.sort_out(in_guest);
         self.options.holds = holds;
+        self.check_holds()?;
+        self.get_ready_to_freeze().await;
+        self.lock(here).await;
         fault::point("quiet.held");
         self.check_holds()
+    }
+
+    /// Keeps what went well; the rest is evidence.
+    fn sort_out<T>(&mut self, results: Vec<Result<T, Held>>) -> Vec<T> {
+        let mut good = vec![];
+        for result in results {
+            match result {
+                Ok(one) => good.push(one),
+                Err(held) => self.evidence.holds.push(held),
+            }
+        }
+        good
+    }
+
+    async fn lock(&mut self, here: Vec<hold::Prepared>) {
+        let Self { agent, held_in_guest, .. } = self;
+        let in_guest = async {
+            match agent {
+                Some(agent) if !held_in_guest.is_empty() => match guest_hold::lock(agent, held_in_guest).await {
+                    Ok(not) if not.is_empty() => vec![],
+                    Ok(not) => guest_hold::release(agent, not).await,
+                    Err(why) => held_in_guest.drain(..).map(|taken| taken.abandon(&why)).collect(),
+                },
+                _ => vec![],
+            }
+        };
+        let (here, failed) = join(join_all(here.into_iter().map(hold::Prepared::lock)), in_guest).await;
+        self.held_here = self.sort_out(here);
+        self.evidence.holds.extend(failed);
+    }
+
+    /// What can be done for the freeze while nobody waits: the guest writes out what it has in memory, and the guardian is
+    /// there.
+    async fn get_ready_to_freeze(&mut self) {
+        let Some(agent) = self.agent.as_mut().filter(|_| self.options.freeze != Policy::Never) else { return };
+        agent::flush(agent, FLUSH_WITHIN).await;
+        self.guardian = Guardian::spawn(self.monitor.address()).ok();
     }
 
     /// Whether all that are required hold, as far as it is known.
@@ -225,7 +302,8 @@ impl Quiet {
         let failed = |e: std::io::Error| format!("the debt of its thaw cannot be written down: {e}");
         let owed = Owed { agent: agent.address().clone(), token: PackId::random().to_string() };
         let text = serde_json::to_string(&owed).map_err(|e| failed(e.into()))?;
-        let mut guardian = Guardian::spawn(self.monitor.address()).map_err(failed)?;
+        let ready = self.guardian.take().map(Ok);
+        let mut guardian = ready.unwrap_or_else(|| Guardian::spawn(self.monitor.address())).map_err(failed)?;
         self.debts.owe_with(Debt::Thaw, &text).map_err(failed)?;
         if let Err(e) = guardian.owe(Debt::Thaw, &self.debts.path(Debt::Thaw)) {
             self.debts.paid(Debt::Thaw);
@@ -265,26 +343,24 @@ impl Quiet {
     }
 
     async fn release(&mut self) {
-        let (mut of_host, mut of_guest) = (vec![], vec![]);
-        for holding in self.held.drain(..) {
-            match holding {
-                Holding::Host(name, taken) => of_host.push(async move { taken.release(&name).await }),
-                Holding::Guest(taken) => of_guest.push(taken),
-            }
+        if self.agent.is_none()
+            && !self.held_in_guest.is_empty()
+            && let Some(address) = &self.address
+        {
+            // The freeze has used it up.
+            self.agent = Channel::open(address, AGENT_WITHIN).await.ok();
         }
-        self.evidence.holds.extend(join_all(of_host).await);
-        for taken in of_guest {
-            if self.agent.is_none()
-                && let Some(address) = &self.address
-            {
-                // The freeze has used it up.
-                self.agent = Channel::open(address, AGENT_WITHIN).await.ok();
+        let (here, in_guest) = (std::mem::take(&mut self.held_here), std::mem::take(&mut self.held_in_guest));
+        let agent = &mut self.agent;
+        let in_guest = async {
+            match agent {
+                _ if in_guest.is_empty() => vec![],
+                Some(agent) => guest_hold::release(agent, in_guest).await,
+                None => in_guest.into_iter().map(|t| t.abandon("the agent does not answer any more")).collect(),
             }
-            self.evidence.holds.push(match &mut self.agent {
-                Some(agent) => taken.release(agent).await,
-                None => taken.abandon("the agent does not answer any more"),
-            });
-        }
+        };
+        let (here, in_guest) = join(join_all(here.into_iter().map(hold::Taken::release)), in_guest).await;
+        self.evidence.holds.extend(here.into_iter().chain(in_guest));
         for held in self.evidence.holds.iter().filter(|held| held.failed.is_some()) {
             let words = held.failed.as_deref().unwrap_or_default();
             self.evidence.reasons.push(format!("the hold {:?} did not hold: {words}", held.name));
@@ -323,6 +399,11 @@ impl Quiet {
             return Err(not_quiet(&self.evidence.reasons.join("; ")));
         }
         Ok(())
+    }
+
+    /// What became of the holds.
+    pub fn holds(&self) -> &[Held] {
+        &self.evidence.holds
     }
 
     /// What was reached.

@@ -213,7 +213,8 @@ impl Vm {
         let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
         let mut meter = self.meter(&plans).await;
         let about = self.about(begin);
-        let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks).await?;
+        let whole = plans.iter().any(|plan| plan.sealed.is_none() && !plan.disk.read_only);
+        let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks, whole).await?;
         let scratch = bench.scratch.clone();
         // Not under watch: the guest may be quiet in it, and must not stay so. Each of its steps has a limit.
         let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;

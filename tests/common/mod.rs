@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 pub mod guest;
 pub mod partitioned;
+pub mod played;
 pub mod proxy;
 pub mod side;
 pub mod tiny;
