@@ -175,6 +175,9 @@ fn a_real_guest(version: Version, disks: &[GuestDisk]) {
         None,
         "an incremental reads what changed"
     );
+    let checks = side.json(&["doctor", &side.source], &[])["checks"].to_string();
+    assert!(checks.contains("it freezes file systems, starts programs and trims"), "{checks}");
+    assert!(checks.contains("filesystem can be reached"), "{checks}");
 
     // Killed at every step of the freeze, and with the guest stopped in the freeze: the guardians let it go.
     let stopped: &[&str] = if disks.len() > 1 { &["fleece.stopped"] } else { &[] };
@@ -210,6 +213,8 @@ fn a_real_guest(version: Version, disks: &[GuestDisk]) {
     // Somebody else's freeze is left alone.
     let mut other = Agent::connect(&guest.agent());
     other.call("guest-fsfreeze-freeze");
+    let checks = side.json(&["doctor", &side.source], &[])["checks"].to_string();
+    assert!(checks.contains("another program has the guest agent's channel") && checks.contains("libvirt"), "{checks}");
     let taken = side.backup(&[]);
     assert!(reasons(&taken).contains("another program has the guest agent's channel"), "{taken}");
     drop(other);

@@ -94,6 +94,7 @@ impl Vm {
             board: Mutex::default(),
             progress: StdMutex::new(None),
             last: StdMutex::default(),
+            held: Default::default(),
             tracking: StdMutex::default(),
             doubts: StdMutex::default(),
             sessions: watch::Sender::new(0),

@@ -1,5 +1,7 @@
 //! Doctor: what stands in the way of a good backup, and what to do about it.
 
+mod guest;
+
 use super::scratch::ScratchDir;
 use super::{Vm, graph, persist};
 use crate::machine::Verdict;
@@ -8,7 +10,7 @@ use crate::units::human_bytes;
 pub use crate::wire::message::{Check, CheckVerdict};
 
 impl Vm {
-    /// Looks at QEMU, its disks, what others do to them, and the space for scratch. Changes nothing.
+    /// Looks at QEMU, its disks, what others do to them, the space for scratch, the guest's agent and the holds. Changes nothing.
     pub async fn doctor(&self) -> Vec<Check> {
         use CheckVerdict::{Bad, Good, Warn};
         let mut checks = vec![];
@@ -40,6 +42,7 @@ impl Vm {
             }
             Err(e) => Check::new("scratch", Bad, e.message),
         });
+        self.check_guest(&mut checks).await;
         if !self.monitor().can_pass_fds() {
             checks.push(Check::new("monitor", Warn, "a TCP monitor takes no descriptors: QEMU must be able to open our scratch by its path; a unix socket is better"));
         }

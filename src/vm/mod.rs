@@ -25,6 +25,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use crate::area::Skip;
 use crate::checkpoint::{Log, Medium, QemuInstance};
+use crate::grade::Held;
 use crate::machine::{Disk, FoundDisk, Machine, Taken, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
@@ -158,6 +159,8 @@ struct Inner {
     board: Mutex<graph::Board>,
     progress: StdMutex<Option<SessionStatus>>,
     last: StdMutex<Option<LastSession>>,
+    /// What became of the holds the last time, and when that was.
+    held: StdMutex<Vec<(Timestamp, Held)>>,
     /// What the last status said of the disks.
     tracking: StdMutex<Vec<TrackingStatus>>,
     /// Why epochs were not carried over to this QEMU, by disk.
@@ -255,6 +258,18 @@ impl Vm {
             failure: failure.map(ToString::to_string),
         };
         *self.inner.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(last);
+    }
+
+    /// How a hold went the last time.
+    fn last_held(&self, name: &str) -> Option<(Timestamp, Held)> {
+        let all = self.inner.held.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().find(|(_, held)| held.name == name).cloned()
+    }
+
+    fn set_held(&self, holds: &[Held]) {
+        let now = Timestamp::now();
+        let mut all = self.inner.held.lock().unwrap_or_else(PoisonError::into_inner);
+        *all = holds.iter().map(|held| (now, held.clone())).collect();
     }
 
     fn progress(&self) -> Option<SessionStatus> {

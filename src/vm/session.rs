@@ -217,7 +217,9 @@ impl Vm {
         let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks, whole).await?;
         let scratch = bench.scratch.clone();
         // Not under watch: the guest may be quiet in it, and must not stay so. Each of its steps has a limit.
-        let mut fleece = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await?;
+        let opened = Fleece::open(bench, plans, chunk_bytes, &mut quiet).await;
+        self.set_held(quiet.holds());
+        let mut fleece = opened?;
         let disks = tokio::select! {
             biased;
             disks = self.make_ready(&mut fleece, &reasons, begin) => disks?,
