@@ -237,6 +237,7 @@ fn an_image_that_others_changed() {
         quit(&mut side);
         let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(&[0; 8], 88).unwrap();
+        drop(file);
         qemu_io(&mut side, 0x72, 5 << 20);
         again(&mut side, &mut rng);
         begins_anew(&mut side, &mut rng, "a program that knows no bitmaps wrote to it");

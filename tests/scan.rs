@@ -386,6 +386,8 @@ fn a_failed_audit_is_followed_by_a_scan_over_tcp() {
     setting.backup(&[]);
     let file = std::fs::File::options().write(true).open(setting.qemu.path("disk0.raw")).unwrap();
     file.write_all_at(&[0xee; 512], 9 * CHUNK as u64).unwrap();
+    // While it is open for writing, the disk counts as shared.
+    drop(file);
     setting.qemu.write(0, 512, 6);
     let (report, _) = setting.backup(&[]);
     assert_eq!(report["disks"][0]["taken"], "scan", "{report}");

@@ -132,11 +132,18 @@ impl Vm {
                     // Still under watch: a client that does not take it must not keep the fleece.
                     events.send(Ok(Event::Sent)).await.map_err(|_| left())
                 };
-                tokio::select! {
-                    biased;
-                    heard = heard.recv(), if resumable => Step::Heard(heard),
-                    sent = sending => Step::Sent(sent),
-                    () = closed.closed() => Step::Lost,
+                tokio::pin!(sending);
+                loop {
+                    tokio::select! {
+                        biased;
+                        heard = heard.recv(), if resumable => match heard {
+                            // What is being sent goes on: to begin anew would send some of it twice.
+                            None if !all_sent && !closed.is_closed() => resumable = false,
+                            heard => break Step::Heard(heard),
+                        },
+                        sent = &mut sending => break Step::Sent(sent),
+                        () = closed.closed() => break Step::Lost,
+                    }
                 }
             };
             let heard = match step {
@@ -155,8 +162,7 @@ impl Vm {
             };
             match heard {
                 None if outlet.events.is_closed() => return Err(left()),
-                None if all_sent => return Ok(()),
-                None => resumable = false,
+                None => return Ok(()),
                 Some((Word::Received, _)) if all_sent => return Ok(()),
                 Some((Word::Received, _)) => {}
                 Some((Word::Resume { have, reply }, acknowledged)) => {
