@@ -8,12 +8,15 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Monitor, MonitorError, Version, trial};
 use crate::limits::MAX_READ_BYTES;
 use crate::units::GRANULE_BYTES;
 
 /// What this QEMU can really do: found by [`probe`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Capabilities {
     /// QEMU's version.
     pub version: Version,
@@ -46,7 +49,8 @@ pub struct Capabilities {
     pub nbd_safe_in_iothread: bool,
     /// Whether a discard of the snapshot that is not aligned to the cluster aborts QEMU.
     pub discard_unaligned_aborts: bool,
-    /// What QEMU refused, and its words.
+    /// What QEMU refused, and its words. Not stored.
+    #[serde(skip)]
     pub refusals: Vec<(&'static str, String)>,
 }
 
@@ -198,6 +202,11 @@ impl Capabilities {
             pick(self.discard_unaligned_aborts, "by version: never sent", "by version; never sent all the same"),
         );
         rows
+    }
+
+    /// Whether nothing was refused but what only newer versions have, and no backup misses.
+    pub fn is_complete(&self) -> bool {
+        self.refusals.iter().all(|(what, _)| *what == "min-cluster-size")
     }
 
     /// Whether a live backup is possible at all.

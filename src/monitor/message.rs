@@ -5,6 +5,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Longest line that we take from QEMU. The longest known reply, `query-qmp-schema`, has 0.25 MiB; a list of 1,000
@@ -12,7 +13,7 @@ use serde_json::Value;
 pub(super) const MAX_LINE_BYTES: usize = 64 << 20;
 
 /// A version of QEMU. Compares by its numbers first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Version {
     /// The first number.
     pub major: u32,

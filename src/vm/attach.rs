@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, watch};
 use super::gauge::Gauge;
 use super::names::Names;
 use super::place::{self, Holder, Place, Taken};
-use super::{AttachError, Inner, Vm, VmOptions, qemu_failed, quiet, undo};
+use super::{AttachError, Inner, Vm, VmOptions, known, qemu_failed, quiet, undo};
 use crate::checkpoint::QemuInstance;
 use crate::machine::Machine;
 use crate::monitor::{self, Address, Monitor, Process};
@@ -79,14 +79,15 @@ impl Vm {
         if !removed.is_empty() {
             tracing::warn!(vm = name, "took out what a session left that was killed: {}", removed.join(", "));
         }
-        let capabilities = monitor::probe(&monitor, names.prefix()).await.map_err(qemu_failed)?;
-        let gauge = Gauge::new(&monitor, &names, &place.sockets, capabilities.latency_histogram);
         let Process { pid, start_time, boot_id } = process;
+        let qemu = QemuInstance { pid, start_time, boot_id };
+        let capabilities = known::capabilities(&monitor, &names, &qemu, &place.known).await.map_err(qemu_failed)?;
+        let gauge = Gauge::new(&monitor, &names, &place.sockets, capabilities.latency_histogram);
         let inner = Inner {
             name,
             machine,
             bench_parts: (monitor, names, capabilities),
-            qemu: QemuInstance { pid, start_time, boot_id },
+            qemu,
             options,
             gauge,
             place,

@@ -5,7 +5,7 @@ mod guest;
 use super::scratch::ScratchDir;
 use super::{Vm, graph, persist};
 use crate::machine::Verdict;
-use crate::monitor;
+use crate::monitor::{self, Capabilities};
 use crate::units::human_bytes;
 pub use crate::wire::message::{Check, CheckVerdict};
 
@@ -14,7 +14,7 @@ impl Vm {
     pub async fn doctor(&self) -> Vec<Check> {
         use CheckVerdict::{Bad, Good, Warn};
         let mut checks = vec![];
-        let capabilities = &self.inner.bench_parts.2;
+        let capabilities = &self.capabilities_now().await;
         let verdict = if !capabilities.can_back_up() {
             Bad
         } else if !capabilities.refusals.is_empty() || !capabilities.trust_block_status {
@@ -47,6 +47,15 @@ impl Vm {
             checks.push(Check::new("monitor", Warn, "a TCP monitor takes no descriptors: QEMU must be able to open our scratch by its path; a unix socket is better"));
         }
         checks
+    }
+
+    /// What QEMU can do, tried anew unless a session is using it.
+    async fn capabilities_now(&self) -> Capabilities {
+        let (monitor, names, known) = &self.inner.bench_parts;
+        match self.inner.session.try_lock() {
+            Ok(_guard) => monitor::probe(monitor, names.prefix()).await.unwrap_or_else(|_| known.clone()),
+            Err(_) => known.clone(),
+        }
     }
 
     fn check_disks(&self, graph: &graph::Graph, checks: &mut Vec<Check>) {

@@ -45,6 +45,7 @@ pub mod gauge;
 pub mod graph;
 pub mod guardian;
 pub mod harvest;
+mod known;
 pub mod medium;
 pub mod meter;
 pub mod names;

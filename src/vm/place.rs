@@ -4,6 +4,7 @@
 //! STATE/owner                  our owner id: part of every name that we use inside QEMU
 //!       scratch/               where copy-before-write puts old data (unlinked files)
 //!       vms/VM/lock            flock: one sidecar at a time
+//!              qemu.json       what its QEMU process can do (`known`)
 //!              disks/DISK/     the sealed checkpoint log of a disk
 //! RUN/qemu-PID-START.lock      flock: one sidecar per QEMU process, with who holds it
 //!     OWNER8-PID-START/        sockets for this QEMU, and `owed-*` files: debts that carry no name inside QEMU
@@ -142,6 +143,8 @@ impl Held {
 pub struct Place {
     /// Logs of the disks.
     pub disks: PathBuf,
+    /// What is known of its QEMU.
+    pub known: PathBuf,
     /// Sockets and debts for this QEMU.
     pub sockets: PathBuf,
     _vm: Held,
@@ -197,7 +200,7 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
     vm_lock.describe(holder)?;
     let sockets = run.join(format!("{}-{key}", owner.short()));
     durable::create_dir(&sockets).map_err(|e| failed("make", &sockets, e))?;
-    Ok(Place { disks, sockets, _vm: vm_lock, qemu: qemu_lock })
+    Ok(Place { disks, known: dir.join("qemu.json"), sockets, _vm: vm_lock, qemu: qemu_lock })
 }
 
 /// The holder of the QEMU behind this monitor, found without connecting: its monitor may have one place only.
