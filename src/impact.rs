@@ -13,6 +13,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::units::MIB;
+
 /// Most boundaries of a histogram that is looked at. QEMU knows no limit; other programs use a few dozen.
 const MAX_BOUNDARIES: usize = 4096;
 
@@ -84,6 +86,13 @@ pub struct Bucket {
     /// Less than so long; no bound for the last bin.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub below_ns: Option<u64>,
+}
+
+impl Bucket {
+    /// The middle of it, in nanoseconds; of one without a bound its start.
+    pub fn middle_ns(&self) -> u64 {
+        self.below_ns.map_or(self.from_ns, |below| self.from_ns + below.saturating_sub(self.from_ns) / 2)
+    }
 }
 
 impl fmt::Display for Bucket {
@@ -172,6 +181,39 @@ impl fmt::Display for Impact {
         }
         let human = crate::units::human_bytes;
         write!(f, "; {} copied, scratch at most {}", human(self.copied_bytes), human(self.scratch_peak_bytes))
+    }
+}
+
+/// Most milliseconds that a [`Budget`] allows.
+pub const MAX_BUDGET_MS: u32 = 60_000;
+
+/// What a backup may cost the guest. A limit that is absent does not hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// By how many milliseconds the guest's writes may get slower (p99), on the disk that suffers most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_added_write_latency_ms: Option<u32>,
+    /// Bytes that may be read in a second, of all disks together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_read_rate: Option<u64>,
+}
+
+impl Budget {
+    /// Whether nothing is limited.
+    pub fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The smaller of both, limit by limit, and never so small that nothing would move.
+    pub fn stricter(self, other: Self) -> Self {
+        fn least<T: Ord>(a: Option<T>, b: Option<T>) -> Option<T> {
+            [a, b].into_iter().flatten().min()
+        }
+        Self {
+            max_added_write_latency_ms: least(self.max_added_write_latency_ms, other.max_added_write_latency_ms)
+                .map(|ms| ms.max(1)),
+            max_read_rate: least(self.max_read_rate, other.max_read_rate).map(|rate| rate.max(MIB)),
+        }
     }
 }
 

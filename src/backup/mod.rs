@@ -30,6 +30,7 @@ use tokio::time::timeout;
 use crate::fault;
 use crate::grade::Policy;
 use crate::hooks::program::{self, About, Hook, Phase};
+use crate::impact::Budget;
 use crate::repo::point::Manifest;
 use crate::repo::{Compression, Repository};
 use crate::wire::message::{Begin, Estimated, Failure, FailureCode};
@@ -71,6 +72,8 @@ pub struct BackupOptions {
     pub hooks: Vec<Hook>,
     /// Whether the guest's file systems are frozen; as the sidecar is configured when absent.
     pub freeze: Option<Policy>,
+    /// What it may cost the guest; the sidecar's own limits hold, too.
+    pub budget: Budget,
     /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
     pub audit_permille: u32,
 }
@@ -85,6 +88,7 @@ impl Default for BackupOptions {
             compression: Compression::Zstd(1),
             hooks: Vec::new(),
             freeze: None,
+            budget: Budget::default(),
             audit_permille: audit::DEFAULT_PERMILLE,
         }
     }
@@ -131,6 +135,7 @@ async fn choose(
         incremental_only: options.level == LevelChoice::Incremental,
         wait: options.wait,
         freeze: options.freeze,
+        budget: options.budget,
         digests: plan.scans.keys().cloned().collect(),
         audit: None,
         resume: None,

@@ -18,6 +18,7 @@ use crate::backup::{self, BackupOptions, LevelChoice, Report};
 use crate::grade::Policy;
 use crate::hooks::config;
 use crate::hooks::program::{self, Hook};
+use crate::impact::{Budget, MAX_BUDGET_MS};
 use crate::machine::Taken;
 use crate::repo::Compression;
 use crate::repo::point::Level;
@@ -50,6 +51,25 @@ pub struct BackupArgs {
     quiet: QuietArgs,
     #[command(flatten)]
     skip: SkipArgs,
+    #[command(flatten)]
+    budget: BudgetArgs,
+}
+
+/// What the backup may cost the guest.
+#[derive(Debug, Args)]
+pub struct BudgetArgs {
+    /// Read slower when the guest's writes take so much longer than before (p99), and give up when that does not help.
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUDGET_MS)))]
+    max_added_write_latency: Option<u32>,
+    /// Read no more than this in a second, like 200M.
+    #[arg(long, value_name = "SIZE", value_parser = super::values::rate)]
+    max_read_rate: Option<u64>,
+}
+
+impl BudgetArgs {
+    fn budget(&self) -> Budget {
+        Budget { max_added_write_latency_ms: self.max_added_write_latency, max_read_rate: self.max_read_rate }
+    }
 }
 
 /// How the guest is made quiet around the instant.
@@ -217,8 +237,8 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
-    let wait = !args.no_wait;
-    let options = BackupOptions { compression, freeze, audit_permille, hooks, wait, ..args.what.options() };
+    let (wait, budget) = (!args.no_wait, args.budget.budget());
+    let options = BackupOptions { compression, freeze, audit_permille, budget, hooks, wait, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

@@ -20,6 +20,11 @@ pub fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).ok_or_else(|| "this size is too large".to_owned())
 }
 
+/// Bytes a second, 1 MiB at least.
+pub fn rate(text: &str) -> Result<u64, String> {
+    size(text).and_then(|rate| if rate < MIB { Err("1M is the slowest".to_owned()) } else { Ok(rate) })
+}
+
 /// `none`, `zstd` or `zstd:LEVEL`.
 pub fn compression(text: &str) -> Result<Compression, String> {
     let wrong = || "compression is none, zstd or zstd:LEVEL with a level from 1 to 19".to_owned();

@@ -27,6 +27,8 @@
 //! freeze_mount_points = ["/"]      # may be left out: all file systems
 //! trim = "prefer"                  # or "require", "never": the guest trims its file systems before a disk is read
 //!                                  # whole (guest-fstrim, for up to 5 minutes); may be left out: "never"
+//! max_added_write_latency_ms = 5   # what a backup may add to the guest's writes (p99); may be left out
+//! max_read_rate = "200 MiB"        # read in a second, at most; may be left out
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
 //! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
 //! skip_swap = true                 # swap is not backed up: the same as skip = ["swap"]; may be left out
@@ -60,6 +62,7 @@ use crate::area::Skip;
 use crate::grade::Policy;
 use crate::hooks::config::{HoldTable, HookTable, tables};
 use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
+use crate::impact::{Budget, MAX_BUDGET_MS};
 use crate::monitor::Address;
 use crate::units::{GIB, KIB, MIB};
 use crate::vm::{PowerOff, QuietOptions};
@@ -111,6 +114,8 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// How it is made quiet.
     pub quiet: QuietOptions,
+    /// What a backup may cost the guest.
+    pub budget: Budget,
     /// What becomes of QEMU when the guest powers off.
     pub power_off: PowerOff,
     /// Whether images keep our bitmaps.
@@ -191,6 +196,8 @@ struct VmTable {
     freeze_mount_points: Vec<String>,
     #[serde(default = "never")]
     trim: Policy,
+    max_added_write_latency_ms: Option<u32>,
+    max_read_rate: Option<String>,
     shutdown: Option<String>,
     #[serde(default)]
     persistent_bitmaps: bool,
@@ -223,6 +230,14 @@ impl VmTable {
         let mount_points = self.freeze_mount_points;
         let (agent, freeze, trim) = (self.agent, self.freeze, self.trim);
         let quiet = QuietOptions { agent, freeze, mount_points, lease, trim, holds, hooks };
+        if self.max_added_write_latency_ms.is_some_and(|ms| !(1..=MAX_BUDGET_MS).contains(&ms)) {
+            return Err(format!("max_added_write_latency_ms is a number of milliseconds from 1 to {MAX_BUDGET_MS}"));
+        }
+        let max_read_rate = self.max_read_rate.as_deref().map(parse_size).transpose()?;
+        if max_read_rate.is_some_and(|rate| rate < MIB) {
+            return Err("max_read_rate is what is read in a second, \"1 MiB\" at least".to_owned());
+        }
+        let budget = Budget { max_added_write_latency_ms: self.max_added_write_latency_ms, max_read_rate };
         let power_off = match self.shutdown.as_deref() {
             None | Some("leave") => PowerOff::Leave,
             Some("harvest") => PowerOff::Harvest,
@@ -230,7 +245,7 @@ impl VmTable {
         };
         let skip = self.skip_swap.then_some(Skip::SWAP).into_iter().chain(self.skip).collect();
         let persistent_bitmaps = self.persistent_bitmaps;
-        Ok(VmConfig { monitor, name: self.name, quiet, power_off, persistent_bitmaps, skip })
+        Ok(VmConfig { monitor, name: self.name, quiet, budget, power_off, persistent_bitmaps, skip })
     }
 }
 
@@ -365,6 +380,10 @@ mod tests {
         assert!(Config::parse(&format!("{good}persistent_bitmaps = true\n")).unwrap().vms[0].persistent_bitmaps);
         let config = Config::parse(&format!("{good}skip_swap = true\nskip = [\"vd0=2\"]\n")).unwrap();
         assert_eq!(config.vms[0].skip, [Skip::SWAP, "vd0=2".parse().unwrap()]);
+        let config =
+            Config::parse(&format!("{good}max_added_write_latency_ms = 5\nmax_read_rate = \"2 MiB\"\n")).unwrap();
+        let budget = Budget { max_added_write_latency_ms: Some(5), max_read_rate: Some(2 * MIB) };
+        assert_eq!(config.vms[0].budget, budget);
         let tables = "[[vm.hold]]\nprofile = \"redis\"\n[[vm.hook]]\nphase = \"session\"\npost = [\"/x\"]\n";
         let config = Config::parse(&format!("{good}{tables}")).unwrap();
         assert_eq!((config.vms[0].quiet.holds.len(), config.vms[0].quiet.hooks.len()), (1, 1));
@@ -387,6 +406,8 @@ mod tests {
             (format!("{good}agent = \"unix:\"\n"), "unix:PATH"),
             (format!("{good}shutdown = \"now\"\n"), "harvest"),
             (format!("{good}skip = [\"vd0\"]\n"), "label:NAME"),
+            (format!("{good}max_added_write_latency_ms = 0\n"), "from 1 to"),
+            (format!("{good}max_read_rate = \"1 KiB\"\n"), "1 MiB"),
         ] {
             let said = Config::parse(&text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");

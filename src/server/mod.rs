@@ -75,6 +75,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             transport: base.transport,
             quiet: vm.quiet.clone(),
             skip: vm.skip.clone(),
+            budget: vm.budget,
             served_at: served_at.clone(),
             power_off: vm.power_off,
             persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,

@@ -26,6 +26,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use crate::area::Skip;
 use crate::checkpoint::{Log, Medium, QemuInstance};
 use crate::grade::Held;
+use crate::impact::Budget;
 use crate::machine::{Disk, FoundDisk, Machine, Taken, Verdict};
 use crate::monitor::{self, Capabilities, Monitor, MonitorError};
 use crate::wire::Address as WireAddress;
@@ -49,6 +50,7 @@ mod known;
 pub mod medium;
 pub mod meter;
 pub mod names;
+pub mod pace;
 pub mod persist;
 pub mod place;
 mod power;
@@ -104,6 +106,8 @@ pub struct VmOptions {
     pub quiet: QuietOptions,
     /// What is left out of its disks.
     pub skip: Vec<Skip>,
+    /// What a session may cost the guest.
+    pub budget: Budget,
     /// Where this process serves the VM to clients, if it does: others are sent there.
     pub served_at: Option<WireAddress>,
     /// What becomes of QEMU when the guest powers off.

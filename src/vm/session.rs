@@ -21,6 +21,7 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use super::compare::Compared;
 use super::fleece::{Bench, Fleece};
 use super::meter::Meter;
+use super::pace::Pace;
 use super::quiet::{Quiet, QuietOptions};
 use super::scratch::{Scratch, ScratchDir};
 use super::sending::{self, FromClient, Outlet};
@@ -58,6 +59,7 @@ struct Opened {
     /// What the guest's state rests on.
     evidence: Evidence,
     meter: Meter,
+    pace: Arc<Pace>,
 }
 
 impl Vm {
@@ -83,7 +85,7 @@ impl Vm {
             Ok(()) => self.open(&begin).await,
             Err(why) => Err(Failure::new(FailureCode::Refused, why)),
         };
-        let Opened { fleece, disks, left_out, mut evidence, meter } = match opened {
+        let Opened { fleece, disks, left_out, mut evidence, meter, pace } = match opened {
             Ok(opened) => opened,
             Err(failure) => {
                 self.set_last(start, 0, Some(&failure));
@@ -126,7 +128,7 @@ impl Vm {
         // When nobody waits for it any more, the session is dropped here, and running it closes the fleece at once.
         let _ = reply.send(Ok(Session { begun, events, acks, digests, lasting }));
         let totals = Totals { prepare_us, ..Totals::default() };
-        let mut last = self.run((fleece, meter), ready, &mut outlet, (acks_heard, words), totals).await;
+        let mut last = self.run((fleece, meter, pace), ready, &mut outlet, (acks_heard, words), totals).await;
         let result = last.as_ref().map(drop).map_err(|failure| failure.message.clone());
         let warnings = program::after(hooks, Phase::Session, &about, result).await;
         if let Ok(Event::End(totals)) = &mut last {
@@ -212,6 +214,8 @@ impl Vm {
         let disks: Vec<_> = plans.iter().map(|p| &p.disk).collect();
         let quiet_options = QuietOptions { freeze: self.freeze_policy(begin.freeze)?, ..options.quiet.clone() };
         let mut meter = self.meter(&plans).await;
+        let written: Vec<_> = plans.iter().filter(|p| !p.disk.read_only).map(|p| p.disk.qom_path.as_str()).collect();
+        let pace = Arc::new(Pace::prepare(options.budget.stricter(begin.budget), &self.inner.gauge, &written).await);
         let about = self.about(begin);
         let whole = plans.iter().any(|plan| plan.sealed.is_none() && !plan.disk.read_only);
         let mut quiet = Quiet::prepare(&bench.monitor, &bench.sockets, quiet_options, about, &disks, whole).await?;
@@ -222,13 +226,13 @@ impl Vm {
         let mut fleece = opened?;
         let disks = tokio::select! {
             biased;
-            disks = self.make_ready(&mut fleece, &reasons, begin) => disks?,
+            disks = self.make_ready(&mut fleece, &reasons, begin, &pace) => disks?,
             broken = self.watch(&scratch, &mut meter) => return Err(broken),
         };
         let left_out =
             graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
         crate::fault::point("vm.begun");
-        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter })
+        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter, pace })
     }
 
     /// Makes the checkpoints durable, and the disks readable.
@@ -237,12 +241,14 @@ impl Vm {
         fleece: &mut Fleece,
         reasons: &[String],
         begin: &Begin,
+        pace: &Arc<Pace>,
     ) -> Result<Vec<(ReadyDisk, BegunDisk)>, Failure> {
         let (chunk_bytes, leaves_out) = (u64::from(begin.chunk_bytes), begin.areas.is_some());
         let mut disks = vec![];
         for (i, reason) in reasons.iter().enumerate() {
             let (epoch, needed) = self.settle(fleece, i, reason, chunk_bytes).await?;
-            let mut ready = transfer::ready(fleece, i, needed, chunk_bytes, self.inner.options.transport).await?;
+            let transport = self.inner.options.transport;
+            let mut ready = transfer::ready(fleece, i, needed, chunk_bytes, transport, pace.clone()).await?;
             let plan = &fleece.disks[i].plan;
             let areas = match leaves_out {
                 true => Some(areas::leave_out(&mut ready, plan, &self.inner.options.skip).await?),
@@ -336,7 +342,7 @@ impl Vm {
 
     async fn run(
         &self,
-        (mut fleece, mut meter): (Fleece, Meter),
+        (mut fleece, mut meter, pace): (Fleece, Meter, Arc<Pace>),
         disks: Vec<ReadyDisk>,
         outlet: &mut Outlet,
         from_client: FromClient,
@@ -351,6 +357,7 @@ impl Vm {
                 sent = self.send_all(&disks, outlet, heard, &mut totals) => sent,
                 broken = self.watch(&scratch, &mut meter) => Err(broken),
                 why = self.told_to_give_up() => Err(why),
+                why = pace.keep(&self.inner.gauge) => Err(why),
                 () = sending::listen(&disks, from_client, to_sending) => Err(transfer::left()),
             }
         };
@@ -364,6 +371,7 @@ impl Vm {
             self.distrust(&mut fleece, failure);
         }
         totals.warnings = self.close(&scratch, disks, outcome.is_err()).await;
+        totals.warnings.extend(pace.warnings());
         let readings = self.inner.gauge.read().await;
         totals.impact = meter.impact(&readings);
         self.inner.gauge.keep(readings);

@@ -14,6 +14,7 @@ use super::Transport;
 use super::compare::{Compared, Expected, Out, Read, hash};
 use super::fleece::Fleece;
 use super::internal;
+use super::pace::Pace;
 use crate::block::{BlockSource, BoxFuture, SourceError, SourceRules};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
@@ -74,6 +75,8 @@ pub struct ReadyDisk {
     /// Whether the source takes discards.
     discards: bool,
     name: String,
+    /// How fast it is read.
+    pace: Arc<Pace>,
 }
 
 impl ReadyDisk {
@@ -119,6 +122,7 @@ pub async fn ready(
     needed: Needed,
     chunk_bytes: u64,
     transport: Transport,
+    pace: Arc<Pace>,
 ) -> Result<ReadyDisk, Failure> {
     let disk = fleece.disks[i].plan.disk.clone();
     let capabilities = fleece.bench().capabilities.clone();
@@ -170,7 +174,7 @@ pub async fn ready(
     };
     let Needed { bitmap: needed, compared } = needed;
     let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);
-    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name })
+    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name, pace })
 }
 
 /// A run of the needed set.
@@ -254,6 +258,7 @@ async fn read(ready: &ReadyDisk, run: Run) -> Result<Read, Failure> {
         Run::Zero(extent) => return Ok(Read { extent, bytes: None, digests: vec![] }),
         Run::Data(extent) => extent,
     };
+    ready.pace.turn(extent.len_bytes).await;
     let bytes = ready.source.read(extent).await.map_err(|e| broken(&ready.name, &e))?;
     if is_zero(&bytes) {
         return Ok(Read { extent, bytes: None, digests: vec![] });

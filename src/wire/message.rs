@@ -15,7 +15,7 @@ use super::resume::{Lasting, Resume, Token};
 use crate::area::Areas;
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
-use crate::impact::DiskImpact;
+use crate::impact::{Budget, DiskImpact};
 use crate::machine::{Disk, FoundDisk, Machine, Taken};
 use crate::units::{CheckpointId, EpochId};
 
@@ -95,6 +95,9 @@ pub struct Begin {
     /// Whether the guest's file systems are frozen around the instant; as the sidecar is configured when absent.
     #[serde(default)]
     pub freeze: Option<Policy>,
+    /// What the backup may cost the guest; the sidecar's own limits hold, too.
+    #[serde(default, skip_serializing_if = "Budget::is_unlimited")]
+    pub budget: Budget,
     /// Disks of which the client can give the digests of an earlier point, of the same size and chunk size: where such a
     /// disk would be sent whole, it is scanned. A sidecar that does not know this field sends it whole.
     #[serde(default)]
@@ -456,6 +459,8 @@ pub enum FailureCode {
     SessionGone,
     /// The guest could not be made quiet, and that was required.
     NotQuiet,
+    /// The guest's writes suffered more than the budget allows, and the fleece was let go.
+    GaveWay,
     /// A hook of the operator refused.
     Refused,
     /// The session was interrupted by this side's user.
