@@ -32,7 +32,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// Times for tests in which an end falls silent; signs of life are frequent.
 fn quick() -> Timing {
-    let (alive_every, silence) = (Duration::from_millis(20), Duration::from_secs(4));
+    let (alive_every, silence) = (Duration::from_millis(20), Duration::from_secs(8));
     Timing { alive_every, silence, farewell: silence, ..Timing::default() }
 }
 

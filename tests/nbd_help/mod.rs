@@ -3,6 +3,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -31,7 +32,8 @@ impl Server {
         command.args(args.iter().map(|a| a.replace("DIR", at))).stdin(Stdio::null());
         let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/setup.sh, install nbdkit"));
         let server = Server { dir, child };
-        wait_until("the server to listen", || server.path("sock").exists());
+        // The socket is there a moment before it listens.
+        wait_until("the server to listen", || UnixStream::connect(server.path("sock")).is_ok());
         server
     }
 
