@@ -30,6 +30,7 @@
 //! max_added_write_latency_ms = 5   # what a backup may add to the guest's writes (p99); may be left out
 //! max_read_rate = "200 MiB"        # read in a second, at most; may be left out
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
+//! attach = "on-demand"             # or "always"; may be left out: "always"
 //! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
 //! skip_swap = true                 # swap is not backed up: the same as skip = ["swap"]; may be left out
 //! skip = ["vd0=3", "vd1=label:scratch"]   # areas that are not backed up, as `area` has them; may be left out
@@ -44,6 +45,10 @@
 //!
 //! With `shutdown = "harvest"` QEMU waits, when the guest powers off, until its last bitmaps are taken, and is ended then:
 //! tracking goes on when the virtual machine is started again. With `"leave"` QEMU ends as without us.
+//!
+//! With `attach = "on-demand"` the VM's monitor, which serves one client at a time, is used only while a client asks for
+//! something: the slot is free for others between backups. It needs `name`, since nobody asks QEMU for it, and goes not together
+//! with `shutdown = "harvest"`, which needs the monitor all the time; `persistent_bitmaps` help there.
 //!
 //! With `persistent_bitmaps = true` our bitmaps are stored in those qcow2 images that stand on their own (no backing file, no
 //! data file, `cache.no-flush` off): tracking goes on across any orderly end of QEMU, also one that nobody saw, and across a
@@ -122,6 +127,8 @@ pub struct VmConfig {
     pub persistent_bitmaps: bool,
     /// What is left out of its disks.
     pub skip: Vec<Skip>,
+    /// Whether it is attached only while somebody asks for it. It has a name then.
+    pub on_demand: bool,
 }
 
 #[derive(Deserialize)]
@@ -199,6 +206,7 @@ struct VmTable {
     max_added_write_latency_ms: Option<u32>,
     max_read_rate: Option<String>,
     shutdown: Option<String>,
+    attach: Option<String>,
     #[serde(default)]
     persistent_bitmaps: bool,
     #[serde(default)]
@@ -244,8 +252,22 @@ impl VmTable {
             Some(other) => return Err(format!("shutdown = {other:?}: write \"leave\" or \"harvest\"")),
         };
         let skip = self.skip_swap.then_some(Skip::SWAP).into_iter().chain(self.skip).collect();
-        let persistent_bitmaps = self.persistent_bitmaps;
-        Ok(VmConfig { monitor, name: self.name, quiet, budget, power_off, persistent_bitmaps, skip })
+        let on_demand = match self.attach.as_deref() {
+            None | Some("always") => false,
+            Some("on-demand") => true,
+            Some(other) => return Err(format!("attach = {other:?}: write \"always\" or \"on-demand\"")),
+        };
+        if on_demand && power_off == PowerOff::Harvest {
+            return Err("shutdown = \"harvest\" needs the monitor all the time, to see the guest power off, and attach = \"on-demand\" \
+                        lets go of it: leave one of them out (persistent_bitmaps = true keeps the tracking of qcow2 images \
+                        without the monitor)"
+                .to_owned());
+        }
+        if on_demand && self.name.is_none() {
+            return Err(format!("attach = \"on-demand\" of {}: give the VM a name = \"…\"", self.monitor));
+        }
+        let (name, persistent_bitmaps) = (self.name, self.persistent_bitmaps);
+        Ok(VmConfig { monitor, name, quiet, budget, power_off, persistent_bitmaps, skip, on_demand })
     }
 }
 
@@ -408,6 +430,9 @@ mod tests {
             (format!("{good}skip = [\"vd0\"]\n"), "label:NAME"),
             (format!("{good}max_added_write_latency_ms = 0\n"), "from 1 to"),
             (format!("{good}max_read_rate = \"1 KiB\"\n"), "1 MiB"),
+            (format!("{good}attach = \"never\"\n"), "on-demand"),
+            (format!("{good}attach = \"on-demand\"\n"), "name"),
+            (format!("{good}name = \"a\"\nattach = \"on-demand\"\nshutdown = \"harvest\"\n"), "all the time"),
         ] {
             let said = Config::parse(&text).unwrap_err();
             assert!(said.contains(says), "{text}: {said}");

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  listeners ── a task a connection ──► door: who is it? ──► requests, as granted ──► the VM that they name
-//!  VM: attach ──► attached ──(monitor closed)──► wait ──► attach …
+//!  VM: attach ──► attached ──(monitor closed)──► wait ──► attach …     or on demand, see `on_demand`
 //! ```
 //!
 //! Over TCP clients prove who they are by TLS; without it the service listens on the loopback and on unix sockets only.
@@ -26,6 +26,7 @@ pub mod grants;
 mod held;
 mod keep;
 mod listen;
+mod on_demand;
 mod queue;
 pub mod run;
 mod service;
@@ -35,6 +36,7 @@ pub use config::Config;
 use door::{Door, Incoming};
 use keep::keep;
 use listen::Listener;
+use on_demand::OnDemand;
 use service::Service;
 
 /// Connections at once, at most.
@@ -80,7 +82,16 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             power_off: vm.power_off,
             persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,
         };
-        keepers.spawn(keep(service.clone(), vm.monitor.clone(), options, stop.clone()));
+        let (service, stop) = (service.clone(), stop.clone());
+        match (vm.on_demand, &vm.name) {
+            (true, Some(name)) => {
+                let on_demand = OnDemand::new(vm.monitor.clone(), options);
+                keepers.spawn(on_demand::keep(service, name.clone(), on_demand, stop));
+            }
+            _ => {
+                keepers.spawn(keep(service, vm.monitor.clone(), options, stop));
+            }
+        }
     }
     for address in listeners.iter().filter_map(Listener::address) {
         tracing::info!("listening at {address}");

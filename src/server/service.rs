@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::bad;
 use super::grants::Caller;
 use super::held::Held;
+use super::on_demand::OnDemand;
 use super::queue::{Place, Queue};
 use crate::vm::Vm;
 use crate::wire::message::{Begin, Failure, FailureCode, Reply, Request, Session, VmEntry, VmStatus};
@@ -21,12 +22,15 @@ const FIRST_ATTACH_WITHIN: Duration = Duration::from_secs(10);
 const COMES_BACK_WITHIN: Duration = Duration::from_secs(1);
 /// What is said of such a VM.
 const STARTING: &str = "being attached";
+/// What is said of one that is attached on demand, while it is not.
+const ON_DEMAND: &str = "not attached: that is done on demand";
 
 /// A VM as the service sees it.
 #[derive(Clone)]
 pub enum State {
     Starting,
     Attached(Vm),
+    OnDemand(Arc<OnDemand>),
     Away(String),
 }
 
@@ -88,6 +92,7 @@ impl Service {
                 Err(Failure::new(FailureCode::Qemu, format!("VM {name:?} is still being attached; try again")))
             }
             Some(State::Attached(vm)) => Ok(vm.clone()),
+            Some(State::OnDemand(vm)) => vm.attach().await,
             Some(State::Away(why)) => {
                 Err(Failure::new(FailureCode::Qemu, format!("VM {name:?} cannot be reached now: {why}")))
             }
@@ -134,9 +139,18 @@ impl Service {
     /// Begins a session, or puts the caller into the queue.
     async fn begin(&self, caller: &Caller, mut begin: Begin) -> Result<Answer, Failure> {
         begin.resume = begin.resume.filter(|_| self.held.holds());
-        let vm = self.vm(caller, &begin.vm).await?;
-        let place = self.queue.join(vm.name(), caller.name())?;
+        // One that is attached on demand is not held by who waits.
+        let known = match self.on_demand(caller, &begin.vm) {
+            Some(_) => None,
+            None => Some(self.vm(caller, &begin.vm).await?),
+        };
+        let name = known.as_ref().map_or(begin.vm.as_str(), Vm::name);
+        let place = self.queue.join(name, caller.name())?;
         if place.runs() {
+            let vm = match known {
+                Some(vm) => vm,
+                None => self.vm(caller, &begin.vm).await?,
+            };
             return self.opened(caller, vm, begin, place).await;
         }
         let reason = place.reason();
@@ -158,10 +172,18 @@ impl Service {
 
     /// Opens a session, which is known from then on if it can be resumed.
     async fn opened(&self, caller: &Caller, vm: Vm, begin: Begin, place: Place) -> Result<Answer, Failure> {
-        let session = open(vm, begin.clone(), place).await?;
+        let session = open(vm, begin.clone(), place, self.on_demand(caller, &begin.vm)).await?;
         match begin.resume {
             Some(token) => Ok(Answer::Attached(Box::new(self.held.attach(caller, token, begin, session)?))),
             None => Ok(Answer::Session(session)),
+        }
+    }
+
+    /// A VM that is attached on demand.
+    fn on_demand(&self, caller: &Caller, name: &str) -> Option<Arc<OnDemand>> {
+        match self.seen_by(caller).remove(name) {
+            Some(State::OnDemand(vm)) => Some(vm),
+            _ => None,
         }
     }
 
@@ -181,6 +203,7 @@ impl Service {
             let state = match state {
                 State::Starting => STARTING.to_owned(),
                 State::Attached(v) => v.status().await.state,
+                State::OnDemand(_) => ON_DEMAND.to_owned(),
                 State::Away(why) => why,
             };
             out.push(VmEntry { vm, state });
@@ -190,12 +213,20 @@ impl Service {
 
     async fn status(&self, caller: &Caller, vm: Option<String>) -> Result<Vec<VmStatus>, Failure> {
         if let Some(name) = vm {
-            return Ok(vec![self.with_queue(self.vm(caller, &name).await?.status().await)]);
+            let mut status = self.vm(caller, &name).await?.status().await;
+            let last = || self.on_demand(caller, &name)?.last();
+            status.last = status.last.take().or_else(last);
+            return Ok(vec![self.with_queue(status)]);
         }
         let mut out = vec![];
         for (vm, state) in self.seen_by(caller) {
             out.push(match state {
                 State::Attached(v) => self.with_queue(v.status().await),
+                // Nobody is kept from the monitor for a look at all VMs.
+                State::OnDemand(v) => match v.attached().await {
+                    Some(attached) => self.with_queue(attached.status().await),
+                    None => VmStatus { last: v.last(), ..unreached(vm, ON_DEMAND.to_owned()) },
+                },
                 State::Starting => unreached(vm, STARTING.to_owned()),
                 State::Away(why) => unreached(vm, why),
             });
@@ -206,12 +237,17 @@ impl Service {
 
 /// Opens a session in a task of its own, which keeps the place in the queue until the fleece is out of QEMU, also when the
 /// caller has left.
-async fn open(vm: Vm, begin: Begin, place: Place) -> Result<Session, Failure> {
+async fn open(vm: Vm, begin: Begin, place: Place, on_demand: Option<Arc<OnDemand>>) -> Result<Session, Failure> {
     let (reply, answer) = oneshot::channel();
     tokio::spawn(async move {
         // A session that nobody hears of any more is dropped, and so ended.
         let _ = reply.send(vm.begin(begin).await);
         vm.idle().await;
+        if let Some(on_demand) = on_demand {
+            on_demand.note_last(&vm);
+        }
+        // Whose turn is next may attach.
+        drop(vm);
         drop(place);
     });
     answer.await.map_err(|_| bad("the session's task ended before its instant; the log says why"))?

@@ -10,7 +10,7 @@ use super::place::{self, Holder, Place, Taken};
 use super::{AttachError, Inner, Vm, VmOptions, known, qemu_failed, quiet, undo};
 use crate::checkpoint::QemuInstance;
 use crate::machine::Machine;
-use crate::monitor::{self, Address, Monitor, Process};
+use crate::monitor::{self, Address, Monitor, MonitorError, Process};
 use crate::units::OwnerId;
 use crate::wire::message::{Failure, FailureCode};
 
@@ -26,9 +26,12 @@ impl Vm {
         let monitor = match Monitor::connect(address).await {
             Ok(monitor) => monitor,
             // Somebody of ours may have come a moment before: by now it says so.
-            Err(error) => match place::holder_of(&monitor_text) {
-                Some(holder) => return Err(held(Some(holder))),
-                None => return Err(qemu_failed(error).into()),
+            Err(error) => match (place::holder_of(&monitor_text), &error) {
+                (Some(holder), _) => return Err(held(Some(holder))),
+                (None, MonitorError::Taken { .. }) => {
+                    return Err(Failure::new(FailureCode::Busy, error.to_string()).into());
+                }
+                (None, _) => return Err(qemu_failed(error).into()),
             },
         };
         let process = monitor.peer_process().ok_or_else(|| {

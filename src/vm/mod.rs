@@ -17,7 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -151,6 +151,19 @@ pub struct Vm {
     inner: Arc<Inner>,
 }
 
+/// A VM that may have been let go.
+#[derive(Clone, Default)]
+pub struct WeakVm {
+    inner: Weak<Inner>,
+}
+
+impl WeakVm {
+    /// The VM, if somebody has it.
+    pub fn upgrade(&self) -> Option<Vm> {
+        self.inner.upgrade().map(|inner| Vm { inner })
+    }
+}
+
 struct Inner {
     name: String,
     machine: Machine,
@@ -186,6 +199,11 @@ impl Vm {
     /// What it is called here.
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// The VM, without keeping it.
+    pub fn downgrade(&self) -> WeakVm {
+        WeakVm { inner: Arc::downgrade(&self.inner) }
     }
 
     /// Resolves when QEMU's monitor has closed.
@@ -251,7 +269,7 @@ impl Vm {
     }
 
     /// How the last session ended.
-    fn last(&self) -> Option<LastSession> {
+    pub fn last(&self) -> Option<LastSession> {
         self.inner.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
