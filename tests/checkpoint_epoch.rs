@@ -43,6 +43,7 @@ fn a_closed_epoch_opens_and_is_written_as_it_was() {
     let closed = Closed {
         time: "2026-11-21T05:00:00Z".parse().unwrap(),
         stamp: Some(Stamp { options: None, files: vec![stamp] }),
+        device: None,
         no_stamp: None,
     };
     let epoch = log.epoch().unwrap().clone();
@@ -67,6 +68,17 @@ fn an_epoch_whose_bitmap_is_kept_opens() {
     assert!(!old.epoch().unwrap().kept);
     old.note_kept(true).unwrap();
     assert!(Log::open(dir.path()).unwrap().epoch().unwrap().kept);
+}
+
+#[test]
+fn an_epoch_that_was_closed_on_a_device_opens() {
+    let (mut log, dir) = opened("epoch-closed-device.json", |_| ());
+    let closed = log.epoch().unwrap().closed.clone().unwrap();
+    let device = closed.device.clone().unwrap();
+    assert_eq!((device.number, device.counters.sequence, device.counters.writes[0]), (64773, Some(17), 96000));
+    assert_eq!((device.granules.len(), device.digest.len(), &closed.stamp), (4, 64, &None));
+    log.close_epoch(closed.clone()).unwrap();
+    assert_eq!(Log::open(dir.path()).unwrap().epoch().unwrap().closed, Some(closed));
 }
 
 #[test]

@@ -7,8 +7,8 @@
 mod common;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
+use common::device::Loop;
 use common::side::{self, *};
 use common::*;
 use serde_json::json;
@@ -299,16 +299,7 @@ fn a_cloned_machine() {
 fn a_device_that_was_rolled_back() {
     let mut rng = Rng::new();
     let mut side = Side::new(Version::V10);
-    let image = side.home.path().join("volume");
-    std::fs::File::create(&image).unwrap().set_len(SIZE - 512).unwrap();
-    let volume = Loop::new(&image);
-    for argument in &mut side.args {
-        *argument = argument.replace(
-            "file.driver=file,file.filename=DIR/vd0.raw",
-            &format!("file.driver=host_device,file.filename={}", volume.0),
-        );
-    }
-    side.models[0].truncate(SIZE as usize - 512);
+    let volume = Loop::under(&mut side);
     side.start();
     let mut serve = Serve::start(&side, HARVEST);
     serve.wait_until_attached(&side);
@@ -320,7 +311,7 @@ fn a_device_that_was_rolled_back() {
     side.tiny().power_off();
     side.wait_for_exit();
     // Rolled back, without a trace.
-    std::fs::OpenOptions::new().write(true).open(&volume.0).unwrap().write_all_at(&before, 0).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&volume.device).unwrap().write_all_at(&before, 0).unwrap();
     side.models[0] = before;
     side.start();
     serve.wait_until_attached(&side);
@@ -331,22 +322,6 @@ fn a_device_that_was_rolled_back() {
     side.write_at(0, 3 << 20, 65536, 4);
     side.backup("incremental");
     let _ = rng.next();
-}
-
-/// A loop device, detached when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(image: &Path) -> Loop {
-        let said = run(Command::new("losetup").args(["--find", "--show"]).arg(image));
-        Loop(said.trim().to_owned())
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
 }
 
 /// The node of the same name has another file open, in the same QEMU.

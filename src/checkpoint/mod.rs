@@ -21,4 +21,4 @@ pub use error::{LogError, NotInLog};
 pub use format::{FormatError, Header, Payload};
 pub use log::{Damaged, EpochStart, Log, Sealed};
 pub use merge::Limits;
-pub use stamp::{Closed, FileNumbers, FileStamp, Layer, Medium, Stamp};
+pub use stamp::{Closed, DeviceCounters, DeviceStamp, FileNumbers, FileStamp, Layer, Medium, Stamp};

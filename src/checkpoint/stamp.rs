@@ -136,6 +136,33 @@ impl Stamp {
     }
 }
 
+/// What the host counts of a block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCounters {
+    /// A number that no other device of this boot has had (`diskseq`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
+    /// Sectors of 512 bytes that were written, and that were discarded.
+    pub writes: [u64; 2],
+}
+
+/// How a block device stood.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStamp {
+    /// Its name then: for the operator.
+    pub filename: String,
+    /// Its device number.
+    pub number: u64,
+    /// Its length.
+    pub size_bytes: u64,
+    /// The host's counters.
+    pub counters: DeviceCounters,
+    /// Granules of 64 KiB that the digest is of, by their numbers.
+    pub granules: Vec<u64>,
+    /// BLAKE3, in hexadecimal digits: of each granule its number (u64, little-endian) and its bytes.
+    pub digest: String,
+}
+
 /// How an epoch's last QEMU ended with nothing unseen: the last bitmap was sealed after the guest had stopped, nothing was
 /// written from then on, and QEMU exited.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +172,9 @@ pub struct Closed {
     /// How the medium stood then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamp: Option<Stamp>,
+    /// How the device stood then, if the medium is one that nobody else writes to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceStamp>,
     /// Why there is no stamp.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_stamp: Option<String>,

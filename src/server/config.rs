@@ -30,6 +30,7 @@
 //! max_added_write_latency_ms = 5   # what a backup may add to the guest's writes (p99); may be left out
 //! max_read_rate = "200 MiB"        # read in a second, at most; may be left out
 //! shutdown = "harvest"             # or "leave"; may be left out: "leave"
+//! exclusive_device = ["vda"]       # or true: of all disks; may be left out: none; only with shutdown = "harvest"
 //! attach = "on-demand"             # or "always"; may be left out: "always"
 //! persistent_bitmaps = true        # qcow2 images keep our bitmaps; may be left out: false
 //! skip_swap = true                 # swap is not backed up: the same as skip = ["swap"]; may be left out
@@ -45,6 +46,10 @@
 //!
 //! With `shutdown = "harvest"` QEMU waits, when the guest powers off, until its last bitmaps are taken, and is ended then:
 //! tracking goes on when the virtual machine is started again. With `"leave"` QEMU ends as without us.
+//!
+//! With `exclusive_device` the tracking of a disk on a block device goes on, too: the operator says that nobody else writes to
+//! the device between two runs of the virtual machine, no other QEMU and no rollback. It is checked by the host's counters and
+//! by a fingerprint (digests of at most 66 MiB), see `vm::device`. Without it such a disk is read whole after each start.
 //!
 //! With `attach = "on-demand"` the VM's monitor, which serves one client at a time, is used only while a client asks for
 //! something: the slot is free for others between backups. It needs `name`, since nobody asks QEMU for it, and goes not together
@@ -70,7 +75,7 @@ use crate::hooks::freeze::{DEFAULT_LEASE, MAX_LEASE};
 use crate::impact::{Budget, MAX_BUDGET_MS};
 use crate::monitor::Address;
 use crate::units::{GIB, KIB, MIB};
-use crate::vm::{PowerOff, QuietOptions};
+use crate::vm::{Exclusive, PowerOff, QuietOptions};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
 use crate::wire::resume::{DEFAULT_GRACE, MAX_GRACE};
@@ -127,6 +132,8 @@ pub struct VmConfig {
     pub persistent_bitmaps: bool,
     /// What is left out of its disks.
     pub skip: Vec<Skip>,
+    /// Disks whose device nobody else writes to.
+    pub exclusive_device: Exclusive,
     /// Whether it is attached only while somebody asks for it. It has a name then.
     pub on_demand: bool,
 }
@@ -190,6 +197,14 @@ struct ClientTable {
     may: Option<Vec<May>>,
 }
 
+/// All disks, or some by name.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ExclusiveDevice {
+    All(bool),
+    Disks(Vec<String>),
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct VmTable {
@@ -207,6 +222,7 @@ struct VmTable {
     max_read_rate: Option<String>,
     shutdown: Option<String>,
     attach: Option<String>,
+    exclusive_device: Option<ExclusiveDevice>,
     #[serde(default)]
     persistent_bitmaps: bool,
     #[serde(default)]
@@ -266,8 +282,17 @@ impl VmTable {
         if on_demand && self.name.is_none() {
             return Err(format!("attach = \"on-demand\" of {}: give the VM a name = \"…\"", self.monitor));
         }
+        let exclusive_device = match self.exclusive_device {
+            None | Some(ExclusiveDevice::All(false)) => Exclusive::No,
+            Some(ExclusiveDevice::All(true)) => Exclusive::All,
+            Some(ExclusiveDevice::Disks(names)) => Exclusive::Disks(names),
+        };
+        if exclusive_device != Exclusive::No && power_off != PowerOff::Harvest {
+            return Err("exclusive_device is for what is known of a device when the guest has powered off: add shutdown = \"harvest\""
+                .to_owned());
+        }
         let (name, persistent_bitmaps) = (self.name, self.persistent_bitmaps);
-        Ok(VmConfig { monitor, name, quiet, budget, power_off, persistent_bitmaps, skip, on_demand })
+        Ok(VmConfig { monitor, name, quiet, budget, power_off, persistent_bitmaps, skip, on_demand, exclusive_device })
     }
 }
 
@@ -406,6 +431,12 @@ mod tests {
             Config::parse(&format!("{good}max_added_write_latency_ms = 5\nmax_read_rate = \"2 MiB\"\n")).unwrap();
         let budget = Budget { max_added_write_latency_ms: Some(5), max_read_rate: Some(2 * MIB) };
         assert_eq!(config.vms[0].budget, budget);
+        let says = |value: &str| {
+            let text = format!("{good}shutdown = \"harvest\"\nexclusive_device = {value}\n");
+            Config::parse(&text).unwrap().vms.remove(0).exclusive_device
+        };
+        assert_eq!((says("true"), says("false")), (Exclusive::All, Exclusive::No));
+        assert!(says("[\"vda\"]").has("vda") && !says("[\"vda\"]").has("vdb"));
         let tables = "[[vm.hold]]\nprofile = \"redis\"\n[[vm.hook]]\nphase = \"session\"\npost = [\"/x\"]\n";
         let config = Config::parse(&format!("{good}{tables}")).unwrap();
         assert_eq!((config.vms[0].quiet.holds.len(), config.vms[0].quiet.hooks.len()), (1, 1));
@@ -430,6 +461,7 @@ mod tests {
             (format!("{good}skip = [\"vd0\"]\n"), "label:NAME"),
             (format!("{good}max_added_write_latency_ms = 0\n"), "from 1 to"),
             (format!("{good}max_read_rate = \"1 KiB\"\n"), "1 MiB"),
+            (format!("{good}exclusive_device = true\n"), "harvest"),
             (format!("{good}attach = \"never\"\n"), "on-demand"),
             (format!("{good}attach = \"on-demand\"\n"), "name"),
             (format!("{good}name = \"a\"\nattach = \"on-demand\"\nshutdown = \"harvest\"\n"), "all the time"),

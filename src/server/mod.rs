@@ -80,6 +80,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             budget: vm.budget,
             served_at: served_at.clone(),
             power_off: vm.power_off,
+            exclusive_device: vm.exclusive_device.clone(),
             persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,
         };
         let (service, stop) = (service.clone(), stop.clone());

@@ -21,12 +21,12 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::evidence::Proof;
+use super::evidence::{Doubt, Proof};
 use super::graph::Graph;
 use super::harvest::{self, Harvester};
 use super::medium::{self, OpenFiles, Subject};
 use super::tracking::{self, Bench};
-use super::{Vm, internal, persist, qemu_failed};
+use super::{Vm, device, internal, persist, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium};
 use crate::extent::Extent;
 use crate::machine::{Disk, Verdict};
@@ -37,9 +37,19 @@ use crate::wire::message::Failure;
 /// How long the files of a machine's disks may take to be looked at (a dead network file system never answers).
 const FILES_WITHIN: Duration = Duration::from_secs(3);
 
+/// How long a device may take to be read for its fingerprint.
+const DEVICE_WITHIN: Duration = Duration::from_secs(30);
+
 /// Does work that blocks on files, for a bounded time.
 pub(super) async fn on_files<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    match tokio::time::timeout(FILES_WITHIN, tokio::task::spawn_blocking(work)).await {
+    on_files_within(FILES_WITHIN, work).await
+}
+
+async fn on_files_within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
         Ok(Ok(done)) => Ok(done),
         Ok(Err(e)) => Err(format!("could not be looked at: {e}")),
         Err(_) => Err("could not be looked at: its file system does not answer".to_owned()),
@@ -118,10 +128,16 @@ impl Vm {
         let bench = Bench { names, graph, qemu: &self.inner.qemu, run_state };
         let subject = Subject::of(graph, disk);
         let here = epoch.qemu.boot_id == self.inner.qemu.boot_id && epoch.size_bytes == disk.size_bytes;
-        let stamp = epoch.closed.and_then(|closed| closed.stamp).filter(|_| here);
+        let exclusive = self.inner.options.exclusive_device.has(&disk.name);
+        let closed = epoch.closed.filter(|_| here);
+        if !exclusive && closed.as_ref().is_some_and(|c| c.device.is_some()) {
+            let why = "is a block device, and the configuration does not say exclusive_device any more";
+            return Err(Doubt::NoStamp(why.to_owned()).to_string());
+        }
+        let closed = closed.filter(|c| c.stamp.is_some() || c.device.is_some());
         let name = names.since(epoch.last);
         let found = graph.bitmap(&disk.node, &name);
-        let (Some(stamp), true) = (stamp, found.is_none_or(|b| !b.persistent && b.recording)) else {
+        let (Some(closed), true) = (closed, found.is_none_or(|b| !b.persistent && b.recording)) else {
             let medium = self.media(graph).await.remove(&disk.name);
             let proof = tracking::judge(log, bench, disk, medium.as_ref().unwrap_or(&Medium::default()), None)?;
             log.carry_epoch(self.inner.qemu.clone(), &disk.node, medium).map_err(|e| words(&e))?;
@@ -133,11 +149,15 @@ impl Vm {
             tracking::add_bitmap(monitor, &disk.node, &name, GRANULE_BYTES, false).await.map_err(|e| words(&e))?;
             crate::fault::point("carry.bitmap");
         }
-        let looked = on_files({
+        let within = if closed.device.is_some() { DEVICE_WITHIN } else { FILES_WITHIN };
+        let looked = on_files_within(within, {
             let subject = subject.clone();
             move || {
-                let held = medium::hold(pid, &subject)?;
-                held.compare_with(&stamp)?;
+                match (&closed.stamp, &closed.device) {
+                    (Some(stamp), _) => medium::hold(pid, &subject)?.compare_with(stamp)?,
+                    (None, Some(before)) => device::compare(pid, &subject, before)?,
+                    (None, None) => return Err("no stamp".to_owned()),
+                }
                 Ok(medium::look(pid, &OpenFiles::of(pid), &subject))
             }
         });

@@ -5,7 +5,7 @@
 //! | proof | why nothing was missed |
 //! |---|---|
 //! | [`Proof::SameProcess`] | our bitmap is in this QEMU's memory, and every write passed it |
-//! | [`Proof::Stamp`] | the last QEMU's bitmap was sealed after its guest had stopped, and the medium stands as it stood when that QEMU had exited; a bitmap was added to this one before that was looked at |
+//! | [`Proof::Stamp`] | the last QEMU's bitmap was sealed after its guest had stopped, and the medium stands as it stood when that QEMU had exited; a bitmap was added to this one before that was looked at. Of a device that is the operator's word, and its [fingerprint](super::device) |
 //! | [`Proof::Stored`] | the image itself carried our bitmap from one QEMU to the next, see [`persist`](super::persist) |
 //!
 //! Anything else is a [`Doubt`]. The order in which doubts are looked for is the order in which they explain most.
@@ -249,7 +249,7 @@ fn between_processes(epoch: &Epoch, seen: &Seen<'_>) -> Result<Proof, Doubt> {
     let Some(closed) = &epoch.closed else {
         return Err(Doubt::EndNotSeen { then: epoch.qemu.pid, now: seen.qemu.pid });
     };
-    if closed.stamp.is_none() {
+    if closed.stamp.is_none() && closed.device.is_none() {
         return Err(Doubt::NoStamp(closed.no_stamp.clone().unwrap_or_else(|| "has no stamp".to_owned())));
     }
     match seen.stamp {
@@ -291,7 +291,7 @@ fn recording(bitmap: Recording) -> Result<(), Doubt> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Closed, FileNumbers, Layer, Stamp};
+    use crate::checkpoint::{Closed, DeviceCounters, DeviceStamp, FileNumbers, Layer, Stamp};
     use crate::units::{CheckpointId, EpochId};
     use proptest::prelude::*;
 
@@ -325,11 +325,19 @@ mod tests {
     const STATES: [&str; 8] =
         ["running", "paused", "prelaunch", "shutdown", "inmigrate", "postmigrate", "new", "internal-error"];
 
-    /// 0: not closed, 1: closed without a stamp, 2: closed with one.
+    /// 0: not closed, 1: closed without a stamp, 2: closed with one, 3: with one of a device.
     fn closed(kind: u8) -> Option<Closed> {
         let stamp = Stamp { options: None, files: vec![] };
         let (stamp, no_stamp) = if kind == 2 { (Some(stamp), None) } else { (None, Some("is an LV".to_owned())) };
-        (kind > 0).then_some(Closed { time: jiff::Timestamp::UNIX_EPOCH, stamp, no_stamp })
+        let device = (kind == 3).then(|| DeviceStamp {
+            filename: "/dev/x".into(),
+            number: 1,
+            size_bytes: 1 << 20,
+            counters: DeviceCounters { sequence: None, writes: [8, 0] },
+            granules: vec![0],
+            digest: String::new(),
+        });
+        (kind > 0).then_some(Closed { time: jiff::Timestamp::UNIX_EPOCH, stamp, device, no_stamp })
     }
 
     proptest! {
@@ -340,7 +348,7 @@ mod tests {
             node in prop::sample::select(vec!["disk0", "overlay"]), size in prop::sample::select(vec![1u64 << 20, 1 << 21]),
             shared in prop::bool::weighted(0.2), sentinel in prop::bool::weighted(0.7),
             inode in prop::sample::select(vec![7, 7, 8]), bitmap in prop::sample::select(BITMAPS.to_vec()),
-            end in 0..3u8, compared in 0..3u8, keeps in prop::bool::weighted(0.8), kept: bool,
+            end in 0..4u8, compared in 0..3u8, keeps in prop::bool::weighted(0.8), kept: bool,
             migrated in prop::bool::weighted(0.2),
         ) {
             let qemu = instance(pid, &boot);
@@ -363,7 +371,7 @@ mod tests {
                 let image = keeps && inode == 7;
                 (fine && sentinel && image).then_some(Proof::Stored)
             } else {
-                let all = boot == "a" && end == 2 && compared == 2 && bitmap == Recording::Unbroken;
+                let all = boot == "a" && end >= 2 && compared == 2 && bitmap == Recording::Unbroken;
                 (fine && all).then_some(Proof::Stamp)
             };
             let found = decide(&epoch, &seen);

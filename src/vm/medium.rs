@@ -16,7 +16,8 @@
 //! * **A host's crash ends all of it**: after it the content may be newer than the times. The boot is compared by
 //!   [`evidence`](super::evidence).
 //!
-//! A block device has no times that prove anything: a rolled-back LV or zvol has the same name, number and size.
+//! A block device has no times that prove anything: a rolled-back LV or zvol has the same name, number and size. What can be had
+//! of one is in [`device`](super::device).
 //!
 //! **Comparing**: the new QEMU's bitmap is added first, then the files are looked at. QEMU marks a write as dirty when it
 //! completes, and by then the kernel has set the file's mtime. So a write either completed before we looked, and shows in the
@@ -73,7 +74,8 @@ impl OpenFiles {
         Self(entries.filter_map(numbers).collect())
     }
 
-    fn descriptor(&self, file: FileNumbers) -> Option<i32> {
+    /// A descriptor of this file.
+    pub fn descriptor(&self, file: FileNumbers) -> Option<i32> {
         self.0.get(&(file.dev, file.inode)).copied()
     }
 }
@@ -84,6 +86,11 @@ pub(super) fn numbers(about: &fs::Metadata) -> Option<FileNumbers> {
         return Some(FileNumbers { dev: 0, inode: about.rdev() });
     }
     about.file_type().is_file().then(|| FileNumbers { dev: about.dev(), inode: about.ino() })
+}
+
+/// Numbers of a file or device of QEMU's, if it can be seen.
+pub fn numbers_at(pid: i32, name: &str) -> Option<FileNumbers> {
+    numbers(&fs::metadata(inside(pid, name)).ok()?)
 }
 
 /// A path of QEMU's as this process can open it: QEMU may have another root or working directory.
@@ -166,7 +173,10 @@ pub fn hold(pid: i32, subject: &Subject) -> Result<HeldMedium, String> {
         let name = &layer.filename;
         if layer.protocol != "file" {
             return Err(match layer.protocol.as_str() {
-                "host_device" => format!("is the block device {name}, which shows no trace of a write or a rollback"),
+                "host_device" => format!(
+                    "is the block device {name}, which shows no trace of a write or a rollback (if nobody else writes to it, the \
+                     service's configuration can say exclusive_device)"
+                ),
                 other => format!("is reached by {other}, where no trace of others' writes can be seen"),
             });
         }

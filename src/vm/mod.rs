@@ -38,6 +38,7 @@ mod attach;
 mod carry;
 pub mod compare;
 mod descriptors;
+pub mod device;
 pub mod doctor;
 mod estimate;
 pub mod evidence;
@@ -66,6 +67,7 @@ pub mod transfer;
 pub mod undo;
 
 pub use attach::absolute;
+pub use device::Exclusive;
 pub use doctor::{Check, CheckVerdict};
 pub use power::{Hold, Parting, PowerOff};
 pub use quiet::QuietOptions;
@@ -114,6 +116,8 @@ pub struct VmOptions {
     pub power_off: PowerOff,
     /// Whether images that can are to keep our bitmaps from one QEMU to the next, see [`persist`].
     pub persistent_bitmaps: bool,
+    /// Disks whose device nobody else writes to, by the operator's word, see [`device`].
+    pub exclusive_device: Exclusive,
 }
 
 /// Why a VM cannot be attached.

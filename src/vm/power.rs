@@ -30,13 +30,14 @@ use serde_json::json;
 use tokio::sync::{OwnedMutexGuard, broadcast};
 use tokio::time::timeout;
 
+use super::device::{self, Held};
 use super::guardian::Guardian;
 use super::harvest::{self, Harvester};
-use super::medium::{self, HeldMedium, Subject};
+use super::medium::Subject;
 use super::tracking::{self, Bench};
 use super::undo::{self, Debt, Debts};
 use super::{Vm, carry, fleece, internal, persist, qemu_failed};
-use crate::checkpoint::{Closed, Log, Sealed, Stamp};
+use crate::checkpoint::{Closed, Log, LogError, Sealed, Stamp};
 use crate::machine::Verdict;
 use crate::monitor::{self, Event, Process};
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
@@ -91,7 +92,7 @@ struct Taken {
 struct TakenDisk {
     epoch: EpochId,
     last: CheckpointId,
-    held: Result<HeldMedium, String>,
+    held: Result<Held, String>,
     /// How the files stood when the bitmap was taken.
     stood: Result<Stamp, String>,
 }
@@ -112,11 +113,14 @@ struct Leaving {
     node: String,
     size_bytes: u64,
     log: Log,
+    name: String,
     old: CheckpointId,
     next: CheckpointId,
     /// Whether the image keeps the bitmap.
     kept: bool,
     subject: Subject,
+    /// Granules for the fingerprint of an exclusive device.
+    recent: Option<Vec<u64>>,
 }
 
 /// Whether QEMU was started to stay when the guest powers off: nobody can be asked, but its command line says.
@@ -352,8 +356,8 @@ impl Vm {
             }
             let Some(epoch) = disk.log.epoch() else { continue };
             let (pid, subject) = (self.inner.qemu.pid, disk.subject);
-            let held = carry::on_files(move || medium::hold(pid, &subject)).await.and_then(|held| held);
-            let stood = held.as_ref().map_err(Clone::clone).and_then(HeldMedium::look);
+            let held = carry::on_files(move || Held::new(pid, &subject, disk.recent)).await.and_then(|held| held);
+            let stood = held.as_ref().map_err(Clone::clone).and_then(Held::look);
             taken.disks.insert(disk.dir, TakenDisk { epoch: epoch.id, last: disk.next, held, stood });
         }
         Ok(())
@@ -392,6 +396,7 @@ impl Vm {
             let kept = graph.bitmap(&disk.node, &names.since(old)).is_some_and(|b| b.persistent);
             found.push(Leaving {
                 kept,
+                name: disk.name.clone(),
                 index,
                 dir,
                 node: disk.node.clone(),
@@ -400,6 +405,7 @@ impl Vm {
                 old,
                 next: CheckpointId::random(),
                 subject: Subject::of(&graph, disk),
+                recent: None,
             });
         }
         Ok(found)
@@ -415,8 +421,12 @@ impl Vm {
         let bitmap = harvester.read(&helper, "old", disk.size_bytes).await?;
         let (id, prev, number, time) = (disk.next, Some(disk.old), disk.log.next_number(), Timestamp::now());
         let log = &mut disk.log;
-        tokio::task::block_in_place(|| log.seal(Sealed { id, prev, number, time, bitmap: &bitmap }))
-            .map_err(internal)?;
+        let exclusive = self.inner.options.exclusive_device.has(&disk.name);
+        disk.recent = tokio::task::block_in_place(|| {
+            log.seal(Sealed { id, prev, number, time, bitmap: &bitmap })?;
+            Ok::<_, LogError>(exclusive.then(|| device::choose(log, &bitmap)))
+        })
+        .map_err(internal)?;
         crate::fault::point("power.sealed");
         tracking::remove_bitmap(monitor, &disk.node, &old).await.map_err(qemu_failed)
     }
@@ -466,26 +476,27 @@ fn close_log(
     taken: Option<&TakenDisk>,
     end: End,
     why: &str,
-) -> Result<(), crate::checkpoint::LogError> {
+) -> Result<(), LogError> {
     let mut log = Log::open(dir)?;
     let Some(epoch) = log.epoch().filter(|e| e.qemu == *qemu && e.closed.is_none()) else { return Ok(()) };
     match taken.filter(|t| t.epoch == epoch.id && t.last == epoch.last) {
         Some(taken) => {
-            let stamp = taken.held.as_ref().map_err(Clone::clone).and_then(HeldMedium::stamp);
-            let stamp = stamp.and_then(|stamp| match (end, &taken.stood) {
+            let closed = taken.held.as_ref().map_err(Clone::clone).and_then(Held::close);
+            let closed = closed.and_then(|closed| match (end, &closed.stamp, &taken.stood) {
                 // QEMU itself may write to a file's header when it closes it.
-                (End::Ours, _) => Ok(stamp),
-                (End::Others, Ok(stood)) if stamp.difference(stood).is_none() => Ok(stamp),
-                (End::Others, Ok(_)) => {
+                (End::Ours, ..) => Ok(closed),
+                (End::Others, Some(stamp), Ok(stood)) if stamp.difference(stood).is_none() => Ok(closed),
+                (End::Others, _, Ok(_)) => {
                     Err("was changed after the guest had powered off, in the QEMU that stayed".to_owned())
                 }
-                (End::Others, Err(why)) => Err(why.clone()),
+                (End::Others, _, Err(why)) => Err(why.clone()),
             });
-            let (stamp, no_stamp) = match stamp {
-                Ok(stamp) => (Some(stamp), None),
-                Err(why) => (None, Some(why)),
-            };
-            log.close_epoch(Closed { time: Timestamp::now(), stamp, no_stamp })
+            log.close_epoch(closed.unwrap_or_else(|why| Closed {
+                time: Timestamp::now(),
+                stamp: None,
+                device: None,
+                no_stamp: Some(why),
+            }))
         }
         None if epoch.kept => Ok(()),
         None => log.end_epoch(why),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+pub mod device;
 pub mod guest;
 pub mod partitioned;
 pub mod played;
