@@ -88,6 +88,10 @@ impl Vm {
             log.end_epoch("livebackup was detached from the virtual machine").map_err(internal)?;
         }
         for node in graph.node_names() {
+            if graph.bitmaps(node).iter().any(|b| b.persistent) {
+                // Taking one out of the image flushes it with QEMU's main loop held.
+                undo::sync_image(monitor, node).await;
+            }
             for bitmap in graph.bitmaps(node) {
                 if let Some(name) = bitmap.name.as_deref().filter(|n| names.is_ours(n)) {
                     tracking::remove_bitmap(monitor, node, name).await.map_err(qemu_failed)?;

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::evidence::{self, Proof, Recording, Seen};
 use super::graph::{self, Graph};
 use super::names::Names;
-use super::{internal, persist, qemu_failed};
+use super::{internal, persist, qemu_failed, undo};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
 use crate::extent::Extent;
 use crate::machine::{Disk, Taken};
@@ -166,6 +166,10 @@ pub async fn recover(
     log: &Log,
 ) -> Result<(), MonitorError> {
     let head = log.last();
+    if graph.bitmaps(node).iter().any(|b| b.persistent) {
+        // Taking one out of the image flushes it with QEMU's main loop held.
+        undo::sync_image(monitor, node).await;
+    }
     for bitmap in graph.bitmaps(node) {
         let Some(name) = bitmap.name.as_deref().filter(|n| names.is_ours(n)) else { continue };
         let id = names.checkpoint_of(name);
