@@ -10,11 +10,12 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use common::device::Loop;
 use common::side::*;
 use common::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A machine under `livebackup run`.
 struct Run {
@@ -25,12 +26,23 @@ struct Run {
 impl Run {
     /// Starts the machine of `side`, whose QEMU does not run, and waits for the test's own monitor.
     fn start(side: &Side, version: Version, more: &[&str]) -> Run {
+        Self::start_with(side, version, &[], more)
+    }
+
+    /// As [`Run::start`], with options of `livebackup run`.
+    fn start_with(side: &Side, version: Version, options: &[&str], more: &[&str]) -> Run {
         let at = side.path("");
         let at = at.to_str().unwrap().trim_end_matches('/');
         let _ = std::fs::remove_file(side.path("qmp-test"));
         let log = std::fs::File::create(side.path("qemu.log")).unwrap();
         let mut command = livebackup();
-        command.arg("--state").arg(side.state()).args(["run", "--"]).arg(version.program("qemu-system-x86_64"));
+        command
+            .arg("--state")
+            .arg(side.state())
+            .arg("run")
+            .args(options)
+            .arg("--")
+            .arg(version.program("qemu-system-x86_64"));
         command.args("-nodefaults -display none -accel tcg -m 64 -machine q35".split(' '));
         command.args(side.args.iter().map(|a| a.replace("DIR", at))).args(more);
         command.args(["-qmp", &format!("unix:{at}/qmp-test,server=on,wait=off")]);
@@ -86,13 +98,17 @@ fn log_of(side: &Side) -> String {
 
 /// A backup through the monitor of the test: livebackup finds who has the VM.
 fn backup(side: &mut Side, run: Run, level: &str) -> Run {
+    backup_and_report(side, run, level).0
+}
+
+fn backup_and_report(side: &mut Side, run: Run, level: &str) -> (Run, Value) {
     let Run { child, qmp } = run;
     drop(qmp);
     let source = format!("qmp:{}", side.path("qmp-test").display());
     let repo = side.repo();
-    side.ok(&["backup", &source, repo.to_str().unwrap(), "--level", level]);
+    let report = side.ok(&["backup", &source, repo.to_str().unwrap(), "--level", level]);
     side.prove("latest");
-    Run { child, qmp: Qmp::connect(&side.path("qmp-test")) }
+    (Run { child, qmp: Qmp::connect(&side.path("qmp-test")) }, report)
 }
 
 fn power_off(side: &Side) {
@@ -206,6 +222,55 @@ fn qemu_outlives_a_killed_sidecar() {
     assert_eq!(qmp.call("query-status", json!({}))["status"], "running");
     power_off(&side);
     wait_until("QEMU to end", || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// What an image keeps is there also when we were not: killed, or QEMU ended from elsewhere.
+#[test]
+fn an_image_keeps_what_nobody_could_take() {
+    let mut rng = Rng::new();
+    let mut side = Side::new(Version::V10);
+    let options = ["--persistent-bitmaps"];
+    let mut run = Run::start_with(&side, Version::V10, &options, &[]);
+    run.write(&mut side, &mut rng);
+    run = backup(&mut side, run, "auto");
+    run.write(&mut side, &mut rng);
+    let pid = child_of(run.child.id());
+    run.signal(Signal::SIGKILL);
+    let Run { child, qmp } = run;
+    Run::ended(child);
+    drop(qmp);
+    power_off(&side);
+    wait_until("QEMU to end", || !Path::new(&format!("/proc/{pid}")).exists());
+    for _ in 0..2 {
+        run = Run::start_with(&side, Version::V10, &options, &[]);
+        run.write(&mut side, &mut rng);
+        let (mut after, report) = backup_and_report(&mut side, run, "auto");
+        let taken: Vec<_> = report["disks"].as_array().unwrap().iter().map(|d| d["taken"].as_str().unwrap()).collect();
+        assert_eq!(taken, ["scan", "incremental"], "{report}");
+        after.write(&mut side, &mut rng);
+        after.qmp.call("quit", json!({}));
+        assert_eq!(after.wait().code(), Some(0));
+    }
+}
+
+/// A device that the user calls exclusive is tracked across a power-off.
+#[test]
+fn an_exclusive_device_goes_on() {
+    let mut rng = Rng::new();
+    let mut side = Side::new(Version::V10);
+    let _volume = Loop::under(&mut side);
+    let options = ["--exclusive-device", "vd0"];
+    let mut run = Run::start_with(&side, Version::V10, &options, &[]);
+    run.write(&mut side, &mut rng);
+    run = backup(&mut side, run, "auto");
+    run.write(&mut side, &mut rng);
+    power_off(&side);
+    assert_eq!(run.wait().code(), Some(0));
+    run = Run::start_with(&side, Version::V10, &options, &[]);
+    run.write(&mut side, &mut rng);
+    run = backup(&mut side, run, "incremental");
+    run.signal(Signal::SIGTERM);
+    assert_eq!(run.wait().code(), Some(0));
 }
 
 impl Run {

@@ -10,7 +10,7 @@ use super::context::Context;
 use super::exit::{self, Code};
 use super::output::Output;
 use crate::server::run as engine;
-use crate::vm::VmOptions;
+use crate::vm::{Exclusive, VmOptions};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -21,6 +21,10 @@ pub struct RunArgs {
     /// without us.
     #[arg(long)]
     persistent_bitmaps: bool,
+    /// Nobody else writes to this disk's block device between two runs: incrementals go on there, too, as far as its
+    /// fingerprint agrees. May be repeated.
+    #[arg(long, value_name = "DISK")]
+    exclusive_device: Vec<String>,
     #[command(flatten)]
     skip: SkipArgs,
     /// QEMU and its arguments.
@@ -37,8 +41,12 @@ pub fn run(global: &Global, output: Output, args: RunArgs) -> anyhow::Result<Cod
         let Some((program, arguments)) = args.command.split_first() else {
             return Err(exit::usage("say which QEMU: livebackup run -- qemu-system-x86_64 …"));
         };
-        let (persistent_bitmaps, skip) = (args.persistent_bitmaps, args.skip.options());
-        let options = VmOptions { persistent_bitmaps, skip, ..context.vm_options(args.vm) };
+        let options = VmOptions {
+            persistent_bitmaps: args.persistent_bitmaps,
+            exclusive_device: Exclusive::Disks(args.exclusive_device),
+            skip: args.skip.options(),
+            ..context.vm_options(args.vm)
+        };
         let status = engine::run(program, arguments, options).await?;
         Ok(Code::Passed(engine::exit_code(status)))
     });
