@@ -18,6 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::backup::plan::{Base, Plan};
 use crate::extent::Extent;
@@ -37,7 +38,7 @@ pub const DEFAULT_PERMILLE: u32 = 10;
 const GUESSED_CHUNKS: u64 = 6400;
 
 /// What was picked of one disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Picked {
     /// For each chunk the position in the permutation that comes after it and after those that are passed over.
     next: Vec<u64>,

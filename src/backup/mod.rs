@@ -18,9 +18,11 @@
 //!   and the backup starts over at once, with a scan of that disk; so it does when the tree that a disk goes on from turns
 //!   out to be damaged.
 //! * **A lost connection** is the wire's business, as long as the sidecar holds the session ([`resume`](crate::wire::resume)).
-//!   Once it is gone, all begins anew, with another instant: what has been stored need not be stored again. Not for ever.
+//!   Who is killed and started again goes on with it, too (`comeback`). Once it is gone, all begins anew, with another
+//!   instant: what has been stored need not be stored again. Not for ever.
 //! * **Memory** is what the writer has in flight, and a few events.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -32,11 +34,13 @@ use crate::grade::Policy;
 use crate::hooks::program::{self, About, Hook, Phase};
 use crate::impact::Budget;
 use crate::repo::point::Manifest;
+use crate::repo::session_log::SessionLog;
 use crate::repo::{Compression, Repository};
-use crate::wire::message::{Begin, Estimated, Failure, FailureCode};
+use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Session};
 use crate::wire::resume::{Lasting, Token};
 
 pub mod audit;
+mod comeback;
 mod error;
 mod files;
 mod manifest;
@@ -214,6 +218,9 @@ pub async fn run(
         Ok(stored) => manifest::commit(&repo, stored).await,
         Err(error) => Err(error),
     };
+    if here.is_none() {
+        comeback::forget(&repo, &vm).await;
+    }
     if let Ok(report) = &report {
         about.point = Some(report.point.to_string());
         about.level = report.level.name().to_owned();
@@ -321,26 +328,17 @@ async fn store(
     interrupted: &mut watch::Receiver<bool>,
 ) -> Result<transfer::Stored, Failed> {
     let (started, clock) = (Timestamp::now(), Instant::now());
-    let (plan, mut begin) = stoppable(interrupted, choose(&mut sidecar, repo, options, distrusted)).await?;
-    let vm = begin.vm.clone();
-    // Before the instant: it may have work to do for a writer that died.
-    let writer = stoppable(interrupted, transfer::open_writer(repo, options.compression)).await?;
-    let reader = writer.get()?.reader();
-    let permille = options.audit_permille;
-    let picking = blocking(move || {
-        let (audit, picked) = audit::pick(&reader, &plan, permille);
-        (audit, transfer::Wish { plan, picked })
-    });
-    let (audit, wish) = stoppable(interrupted, picking).await?;
-    begin.audit = audit;
+    let vm = sidecar.vm().to_owned();
     let here = sidecar.here().is_some();
-    begin.resume = (!here).then(Token::random);
-    let beginning = async { Ok(sidecar.begin(begin).await?) };
-    let mut session = match here {
-        // Never given up half-way, with the guest stopped; it takes a moment.
-        true => beginning.await?,
-        false => stoppable(interrupted, beginning).await?,
+    let mut warnings = vec![];
+    let ready = match stoppable(interrupted, go_on(&mut sidecar, repo, options, &mut warnings)).await? {
+        Some(ready) => ready,
+        None => begin_new(sidecar, repo, options, distrusted, interrupted).await?,
     };
+    let Ready { mut session, writer, wish, log } = ready;
+    if let Some(log) = log {
+        writer.get()?.log_session(log);
+    }
     fault::point("backup.begun");
     let prepared = clock.elapsed();
     let chunk_bytes = repo.config().chunk_bytes;
@@ -351,12 +349,101 @@ async fn store(
     };
     let storing = transfer::run(session, writer, wish, chunk_bytes, here, progress);
     let stored = stoppable(interrupted, storing).await;
-    if let (Err(_), Some(over)) = (&stored, over) {
-        // The sidecar hears that nobody will come back, and need not hold the fleece.
-        let _ = timeout(LEAVES_WITHIN, over).await;
+    if stored.is_err() {
+        if let Some(over) = over {
+            // The sidecar hears that nobody will come back, and need not hold the fleece.
+            let _ = timeout(LEAVES_WITHIN, over).await;
+        }
+        comeback::forget(repo, &vm).await;
     }
     let mut stored = stored.map_err(|error| Failed { error, plan: Some(plan) })?;
     fault::point("backup.stored");
+    stored.warnings.append(&mut warnings);
     stored.head = transfer::Head { vm, started, level: options.level, prepared, clock };
     Ok(stored)
+}
+
+/// A session that is open, and what is to be done with it.
+struct Ready {
+    session: Session,
+    writer: transfer::OpenWriter,
+    wish: transfer::Wish,
+    log: Option<SessionLog>,
+}
+
+/// Goes on with the session of a backup of the same VM that was killed, if there is one and it can be had.
+async fn go_on(
+    sidecar: &mut Sidecar,
+    repo: &Repository,
+    options: &BackupOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Ready>, BackupError> {
+    let (Some(again), false) = (sidecar.again(), sidecar.here().is_some()) else { return Ok(None) };
+    let Some((memory, left)) = comeback::find(repo, sidecar.vm()).await else { return Ok(None) };
+    let chunk_bytes = repo.config().chunk_bytes;
+    let left = Arc::new(left);
+    let trying = async {
+        if !memory.is_of(options, chunk_bytes) {
+            return Err(Failure::new(FailureCode::SessionGone, "it was to be another kind of backup").into());
+        }
+        let writer = transfer::open_writer(repo, options.compression).await?;
+        if !comeback::is_whole(left.clone(), &memory.begun, chunk_bytes, writer.get()?.reader()).await? {
+            return Err(Failure::new(FailureCode::SessionGone, "what it had stored is not all there").into());
+        }
+        let session = again.open().await?.begin_again(memory.begin.clone(), &memory.begun).await?;
+        let log = left.go_on()?;
+        Ok::<_, BackupError>((session, writer, Some(log)))
+    };
+    match trying.await {
+        Ok((session, writer, log)) => {
+            let warning = "an earlier backup was killed; this one went on with its point in time".to_owned();
+            tracing::warn!(vm = sidecar.vm(), "{warning}");
+            warnings.push(warning);
+            let wish = transfer::Wish { plan: memory.plan, picked: memory.picked, left: Some(left) };
+            Ok(Some(Ready { session, writer, wish, log }))
+        }
+        Err(error) => {
+            tracing::warn!(vm = sidecar.vm(), "an earlier backup was killed, and all begins anew: {error}");
+            sidecar.leave(&memory.begin).await;
+            comeback::forget(repo, sidecar.vm()).await;
+            Ok(None)
+        }
+    }
+}
+
+/// Begins a session.
+async fn begin_new(
+    mut sidecar: Sidecar,
+    repo: &Repository,
+    options: &BackupOptions,
+    distrusted: &[Distrusted],
+    interrupted: &mut watch::Receiver<bool>,
+) -> Result<Ready, Failed> {
+    let (plan, mut begin) = stoppable(interrupted, choose(&mut sidecar, repo, options, distrusted)).await?;
+    // Before the instant: it may have work to do for a writer that died.
+    let writer = stoppable(interrupted, transfer::open_writer(repo, options.compression)).await?;
+    let reader = writer.get()?.reader();
+    let permille = options.audit_permille;
+    let picking = blocking(move || {
+        let (audit, picked) = audit::pick(&reader, &plan, permille);
+        (audit, transfer::Wish { plan, picked, left: None })
+    });
+    let (audit, wish) = stoppable(interrupted, picking).await?;
+    begin.audit = audit;
+    let here = sidecar.here().is_some();
+    begin.resume = (!here).then(Token::random);
+    let beginning = async { Ok(sidecar.begin(begin.clone()).await?) };
+    let session = match here {
+        // Never given up half-way, with the guest stopped; it takes a moment.
+        true => beginning.await?,
+        false => stoppable(interrupted, beginning).await?,
+    };
+    let log = match &session.lasting {
+        Some(_) => {
+            let (plan, picked) = (wish.plan.clone(), wish.picked.clone());
+            comeback::remember(repo, options, begin, session.begun.clone(), plan, picked).await?
+        }
+        None => None,
+    };
+    Ok(Ready { session, writer, wish, log })
 }

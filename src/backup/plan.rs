@@ -80,7 +80,7 @@ pub enum NotPossible {
 }
 
 /// What a disk goes on from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Base {
     /// The point.
     pub point: PointId,
@@ -99,7 +99,7 @@ pub struct Base {
 }
 
 /// What to ask the sidecar for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// By name what disks go on from. A disk that is not named is read whole.
     pub bases: BTreeMap<String, Base>,

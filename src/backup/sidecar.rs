@@ -2,7 +2,9 @@
 
 use crate::machine::{FoundDisk, Machine};
 use crate::vm::Vm;
-use crate::wire::message::{Begin, Check, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting};
+use crate::wire::message::{
+    Begin, Begun, Check, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting,
+};
 use crate::wire::{Client, Door};
 
 /// Who has the VM.
@@ -117,6 +119,22 @@ impl Sidecar {
                 Reply::Detached { removed } => Ok(removed),
                 _ => Err(odd("`detach`")),
             },
+        }
+    }
+
+    /// Goes on with a session that an earlier process has begun.
+    pub async fn begin_again(self, begin: Begin, begun: &Begun) -> Result<Session, Failure> {
+        match self {
+            Self::Local(_) => Err(Failure::new(FailureCode::SessionGone, "no session of this process was lost")),
+            Self::Remote(client, _) => client.begin_again(begin, begun).await,
+        }
+    }
+
+    /// Gives up a session that an earlier process has begun. It may be gone.
+    pub async fn leave(&mut self, begin: &Begin) {
+        if let (Self::Remote(client, vm), Some(token)) = (self, begin.resume) {
+            let left = client.request(Request::Leave { vm: vm.clone(), token }).await;
+            tracing::debug!(?left, "a killed backup's session was given up");
         }
     }
 

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender};
 
 use crate::backup::audit::Picked;
+use crate::backup::comeback::{Count, Replay};
 use crate::backup::files::{self, KeptFile};
 use crate::backup::plan::{LevelChoice, Plan};
 use crate::backup::report::{Phase, Progress};
@@ -20,6 +21,7 @@ use crate::fault;
 use crate::machine::Taken;
 use crate::repo::digest::Digest;
 use crate::repo::offer::Offer;
+use crate::repo::session_log::Left;
 use crate::repo::writer::{DiskHandle, Durable, Finished};
 use crate::repo::{Compression, Image, Reader, RepoError, Repository, Writer, WriterOptions};
 use crate::units::human_bytes;
@@ -106,7 +108,7 @@ pub async fn run(
     progress: &mut impl FnMut(Progress),
 ) -> Result<Stored, BackupError> {
     let clock = Instant::now();
-    let Wish { plan, picked } = wish;
+    let Wish { plan, picked, left } = wish;
     let Session { begun, mut events, acks, digests, lasting } = session;
     let again = match lasting {
         Some(Lasting::Client { again, .. }) => Some(again),
@@ -115,10 +117,11 @@ pub async fn run(
     let durable = writer.0.as_mut().and_then(Writer::take_durable).ok_or(BackupError::Panicked)?;
     let compared = add_disks(writer.get()?, &begun, &plan, &picked, chunk_bytes)?;
     let disks = begun.disks.len();
+    let mut replay = Replay::new(left, &begun, chunk_bytes);
     let reader = Arc::new(writer.get()?.reader());
 
     let work = async {
-        let data = receive(&mut events, writer.get()?, &acks, &begun, &compared, progress);
+        let data = receive(&mut events, writer.get()?, &acks, &begun, &compared, &mut replay, progress);
         let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
         let ((received, same), (files, warnings)) = tokio::try_join!(data, kept)?;
@@ -155,6 +158,8 @@ pub struct Wish {
     pub plan: Plan,
     /// What is to be confirmed.
     pub picked: BTreeMap<String, Picked>,
+    /// What a killed backup has left of the same session.
+    pub left: Option<Arc<Left>>,
 }
 
 /// What a disk is compared with: of that it may be said that it is the same.
@@ -297,52 +302,52 @@ async fn receive(
     acks: &UnboundedSender<Ack>,
     begun: &Begun,
     compared: &[Compared],
+    replay: &mut Replay,
     progress: &mut impl FnMut(Progress),
 ) -> Result<(Vec<u64>, Vec<u64>), BackupError> {
-    let mut received = vec![0; begun.disks.len()];
-    let (mut same, mut left_out, mut same_left_out) = (received.clone(), received.clone(), received.clone());
-    let share = |disk: u16, extent| {
-        let areas = begun.disks.get(usize::from(disk)).and_then(|disk| disk.areas.as_ref());
-        areas.map_or(0, |areas| areas.share_bytes(extent))
-    };
+    let mut count = Count::new(begun);
     let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).fold(0, u64::saturating_add);
     let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
     progress(so_far);
     loop {
-        let (disk, len_bytes) = match next(events).await? {
+        match next(events).await? {
             Event::Data { disk, offset_bytes, bytes } => {
                 let len = bytes.len() as u64;
-                writer.put(DiskHandle(known(disk, &received)?), offset_bytes, bytes).await?;
-                (disk, len)
+                let extent = Extent { offset_bytes, len_bytes: len };
+                replay.before(writer, disk, extent, &mut count).await?;
+                writer.put(DiskHandle(known(disk, &count.received)?), offset_bytes, bytes).await?;
+                count.data(disk, extent);
             }
             Event::Zero { disk, extent } => {
-                writer.zero(DiskHandle(known(disk, &received)?), extent).await?;
-                left_out[usize::from(disk)] += share(disk, extent);
-                (disk, extent.len_bytes)
+                replay.before(writer, disk, extent, &mut count).await?;
+                writer.zero(DiskHandle(known(disk, &count.received)?), extent).await?;
+                count.zero(disk, extent);
             }
             Event::Same { disk, extent } => {
-                let index = usize::from(known(disk, &received)?);
+                let index = usize::from(known(disk, &count.received)?);
                 if !compared.get(index).is_some_and(|compared| compared.covers(extent)) {
                     let what = format!("{extent} of disk {disk} are the same, it says, as what it was not given");
                     return Err(BackupError::Contradiction(what));
                 }
-                same[index] += extent.len_bytes;
-                same_left_out[index] += share(disk, extent);
+                replay.before(writer, disk, extent, &mut count).await?;
+                count.same(disk, extent);
+                writer.log_same(DiskHandle(disk), extent, replay.chunk_bytes())?;
                 // Whoever is not there any more says so in the events.
                 let _ = acks.send(Ack { disk, extents: vec![extent] });
-                (disk, extent.len_bytes)
             }
-            Event::Sent => break,
+            Event::Sent => {
+                replay.rest(writer, &mut count).await?;
+                break;
+            }
             Event::End(_) => {
                 return Err(BackupError::Contradiction("the session ended before all was sent".to_owned()));
             }
-        };
-        received[usize::from(disk)] += len_bytes;
-        so_far.received_bytes += len_bytes;
+        }
+        so_far.received_bytes = count.received.iter().sum();
         progress(so_far);
     }
     progress(Progress { phase: Phase::Store, ..so_far });
-    for (begun, received) in begun.disks.iter().zip(&received) {
+    for (begun, received) in begun.disks.iter().zip(&count.received) {
         if begun.needed_bytes != *received {
             return Err(BackupError::Contradiction(format!(
                 "disk {} should have brought {} bytes, and brought {received}",
@@ -350,10 +355,7 @@ async fn receive(
             )));
         }
     }
-    // Nobody has read what was left out.
-    let less = |all: Vec<u64>, some: &[u64]| all.iter().zip(some).map(|(a, s)| a.saturating_sub(*s)).collect();
-    let nothing_read: Vec<_> = left_out.iter().zip(&same_left_out).map(|(a, b)| a + b).collect();
-    Ok((less(received, &nothing_read), less(same, &same_left_out)))
+    Ok(count.read())
 }
 
 /// A disk of the session, and none of the files that are stored beside them.

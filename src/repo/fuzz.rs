@@ -8,7 +8,7 @@ use crate::repo::digest::Digest;
 use crate::repo::index::format::View;
 use crate::repo::point::Manifest;
 use crate::repo::tree::Node;
-use crate::repo::{damage, journal, pack, suspect};
+use crate::repo::{damage, journal, pack, session_log, suspect};
 
 /// The config decoder.
 pub fn config(bytes: &[u8]) {
@@ -25,6 +25,14 @@ pub fn manifest(bytes: &[u8]) {
 /// The decoder of marks of damage.
 pub fn marks(bytes: &[u8]) {
     let _ = damage::decode(bytes);
+}
+
+/// The log of a session.
+pub fn session_log(bytes: &[u8]) {
+    if let Some((begun, runs, whole_bytes)) = session_log::decode(bytes) {
+        assert!(begun.len() as u64 <= whole_bytes && whole_bytes <= bytes.len() as u64);
+        assert!(runs.windows(2).all(|w| w[0].disk < w[1].disk || w[0].end_chunk() <= w[1].first_chunk));
+    }
 }
 
 /// The decoder of marks of suspect points.

@@ -10,7 +10,8 @@
 //! `finish` writes the index and then removes the directory. What a killed writer leaves is adopted by the next one:
 //! packs that no index lists yet are listed in a new index file, from their own directories, so that the same chunks need
 //! not be sent or stored again; if no restore point ever refers to them, they are garbage like any other. The pack that
-//! was being written is dropped.
+//! was being written is dropped. What a backup over a connection needs to go on where a killed one was lies beside the
+//! journals, one file a VM: see `session_log`.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};

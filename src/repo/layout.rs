@@ -95,6 +95,11 @@ impl Layout {
     pub fn journal(&self) -> PathBuf {
         self.root.join("journal")
     }
+
+    /// Where a running backup of a VM keeps what a killed one's successor goes on with.
+    pub fn session(&self, vm: &str) -> Result<PathBuf, RepoError> {
+        Ok(self.journal().join(format!("{}.session", directory_of_vm(vm)?)))
+    }
 }
 
 /// The directory name of a VM: its name, with every byte outside `[A-Za-z0-9._-]` and a leading dot as `%XX`. A name

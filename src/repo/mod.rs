@@ -39,6 +39,7 @@ pub mod points;
 pub mod reader;
 pub mod repository;
 pub mod sealed;
+pub mod session_log;
 pub mod suspect;
 pub mod tree;
 pub mod verify;

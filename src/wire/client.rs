@@ -262,6 +262,25 @@ impl Client {
             }
             (asked, _) => self.begun(asked?)?,
         };
+        self.started(begin, begun)
+    }
+
+    /// Begins to go on with a session that an earlier process has begun so, and that was answered so, over a fresh connection.
+    /// What was acknowledged does not come again, all else does.
+    ///
+    /// # Errors
+    /// What the server answers, or what happened to the connection.
+    pub async fn begin_again(self, begin: Begin, begun: &Begun) -> Result<Session, Failure> {
+        let gone = || Failure::new(FailureCode::SessionGone, "a session without a token cannot be gone on with");
+        let resume = Resume { vm: begin.vm.clone(), token: begin.resume.ok_or_else(gone)?, have: vec![] };
+        let (client, now) = self.resume(resume).await?;
+        match now == *begun {
+            true => client.started(begin, now),
+            false => Err(breach(&client.peer, "another instant as the same session")),
+        }
+    }
+
+    fn started(self, begin: Begin, begun: Begun) -> Result<Session, Failure> {
         let promise = Promise::new(&begin, &begun).map_err(|b| breach(&self.peer, &b))?;
         Ok(session::start(self, promise, begin, begun))
     }

@@ -61,6 +61,8 @@ struct State {
     cuts: Mutex<VecDeque<Cut>>,
     /// Connections are refused.
     down: AtomicBool,
+    /// A cut closes nothing: no more bytes go, until an end closes.
+    stalls: AtomicBool,
     /// Go down with the next cut.
     fall: AtomicBool,
     connections: AtomicU64,
@@ -113,6 +115,12 @@ impl Proxy {
     /// The next connections are cut so, one each.
     pub fn cut(&self, cuts: &[Cut]) {
         *self.state.cuts.lock().unwrap() = cuts.iter().copied().collect();
+    }
+
+    /// The next connections go no further, one each, until their client closes.
+    pub fn stall(&self, at: &[Cut]) {
+        self.state.stalls.store(true, Ordering::SeqCst);
+        self.cut(at);
     }
 
     /// Refuses connections from the next cut on.
@@ -173,6 +181,9 @@ fn pump(state: &State, way: Way, mut from: Socket, mut to: Socket, mut limit: Op
                 state.down.store(true, Ordering::SeqCst);
             }
             state.cut.fetch_add(1, Ordering::SeqCst);
+            while state.stalls.load(Ordering::SeqCst) {
+                thread::park();
+            }
             break;
         }
         let most = limit.map_or(buffer.len(), |limit| buffer.len().min(limit as usize));

@@ -8,6 +8,7 @@ use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::pack::PackKind;
 use crate::repo::packfile::OpenPack;
+use crate::repo::session_log::{encode_digests, encode_zero};
 use crate::repo::tree::Image;
 use crate::repo::writer::flush::ToFlush;
 use crate::repo::writer::shared::Shared;
@@ -84,8 +85,9 @@ impl Appender<'_> {
                 self.stats[disk].data_bytes += done.extent.len_bytes;
                 // The bytes are in the file: let the source and the next puts have the room.
                 drop((bytes, packed, done.permit));
-                self.shared.durable_with(pack, done.disk, done.extent);
-                let digests = chunks.into_iter().map(|chunk| chunk.digest).collect();
+                let digests: Vec<_> = chunks.into_iter().map(|chunk| chunk.digest).collect();
+                let record = || encode_digests(done.disk.0, first_chunk, &digests);
+                self.shared.durable_with(pack, done.disk, done.extent, record)?;
                 self.tell_trees(trees::Message::Chunks { disk, first_chunk, digests });
                 if self.open.as_ref().is_some_and(OpenPack::is_full) {
                     self.seal()?;
@@ -93,7 +95,13 @@ impl Appender<'_> {
             }
             Outcome::Zero => {
                 self.stats[disk].zero_bytes += done.extent.len_bytes;
-                self.shared.durable_with(0, done.disk, done.extent);
+                let to_chunk = done.extent.end().div_ceil(done.chunk_bytes.into());
+                let record = || encode_zero(done.disk.0, first_chunk, to_chunk - first_chunk);
+                self.shared.durable_with(0, done.disk, done.extent, record)?;
+                self.tell_trees(trees::Message::Zero { disk, first_chunk, to_chunk });
+            }
+            Outcome::Known(Some(digests)) => self.tell_trees(trees::Message::Chunks { disk, first_chunk, digests }),
+            Outcome::Known(None) => {
                 let to_chunk = done.extent.end().div_ceil(done.chunk_bytes.into());
                 self.tell_trees(trees::Message::Zero { disk, first_chunk, to_chunk });
             }

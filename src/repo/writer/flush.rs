@@ -71,7 +71,7 @@ impl Flusher<'_> {
         self.packs.push(pack.pack);
         self.count += 1;
         if let Some(number) = to_flush.number {
-            self.shared.is_durable(number);
+            self.shared.is_durable(number)?;
         }
         if self.entries.len() >= MAX_ENTRIES { self.write_index() } else { Ok(()) }
     }

@@ -31,6 +31,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::extent::Extent;
 use crate::limits::{MAX_DISKS, MAX_READ_BYTES};
+use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::index::set::IndexSet;
 use crate::repo::journal::{self, Journal};
@@ -38,6 +39,7 @@ use crate::repo::layout::Layout;
 use crate::repo::lock::{self, Lock};
 use crate::repo::reader::Reader;
 use crate::repo::reader::image::processors;
+use crate::repo::session_log::{SessionLog, encode_same};
 use crate::repo::tree::Image;
 use crate::repo::tree::build::Broken;
 use crate::units::MIB;
@@ -246,6 +248,25 @@ impl Writer {
         // A token permit, so that the queue is bounded.
         let permit = self.permit(1024).await?;
         self.submit(Some(disk), Extent::checked(extent.offset_bytes, extent.len_bytes), What::Zero, permit)
+    }
+
+    /// Takes chunks of a disk that an earlier writer has made durable, by their digests, which the index must have; without
+    /// digests, zeroes. In order with what is put; nobody is told again that they are durable.
+    pub async fn known(&self, disk: DiskHandle, extent: Extent, digests: Option<Vec<Digest>>) -> Result<(), RepoError> {
+        let permit = self.permit(1024).await?;
+        self.submit(Some(disk), Extent::checked(extent.offset_bytes, extent.len_bytes), What::Known(digests), permit)
+    }
+
+    /// Keeps a session's log of what becomes durable, before anybody is told so.
+    pub fn log_session(&self, log: SessionLog) {
+        self.shared.log_to(log);
+    }
+
+    /// Notes in the session's log, if there is one, that bytes are as in what the disk goes on from.
+    pub fn log_same(&self, disk: DiskHandle, extent: Extent, chunk_bytes: u32) -> Result<(), RepoError> {
+        let (first, past) =
+            (extent.offset_bytes / u64::from(chunk_bytes), extent.end().div_ceil(u64::from(chunk_bytes)));
+        self.shared.log(|| encode_same(disk.0, first, past - first))
     }
 
     /// [`Writer::zero`] for a thread that may block.

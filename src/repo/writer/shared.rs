@@ -16,6 +16,7 @@ use crate::extent::Extent;
 use crate::repo::error::RepoError;
 use crate::repo::index::set::IndexSet;
 use crate::repo::layout::Layout;
+use crate::repo::session_log::SessionLog;
 use crate::repo::writer::claims::Claims;
 use crate::repo::writer::{DiskHandle, Durable, Finished, WriterOptions};
 use crate::units::MIB;
@@ -28,6 +29,7 @@ pub(super) struct Shared {
     pub unfinished: PathBuf,
     index: RwLock<Arc<IndexSet>>,
     waiting: Mutex<Waiting>,
+    log: Mutex<Option<SessionLog>>,
     failure: Mutex<Option<Arc<RepoError>>>,
     stopped: AtomicBool,
     finishing: AtomicBool,
@@ -38,6 +40,8 @@ pub(super) struct Shared {
 struct Waiting {
     durable: u64,
     extents: BTreeMap<(u64, u16), Vec<Extent>>,
+    /// What is to be logged of them, encoded.
+    records: BTreeMap<u64, Vec<u8>>,
     notify: UnboundedSender<Durable>,
 }
 
@@ -60,7 +64,8 @@ impl Shared {
             claims: Claims::default(),
             unfinished,
             index: RwLock::new(index),
-            waiting: Mutex::new(Waiting { durable: 0, extents: BTreeMap::new(), notify }),
+            waiting: Mutex::new(Waiting { durable: 0, extents: BTreeMap::new(), records: BTreeMap::new(), notify }),
+            log: Mutex::default(),
             failure: Mutex::default(),
             stopped: AtomicBool::new(false),
             finishing: AtomicBool::new(false),
@@ -147,29 +152,66 @@ impl Shared {
         std::mem::take(&mut lock(&self.finished))
     }
 
-    /// The extent is durable when data pack `pack` is; 0 means now.
-    pub fn durable_with(&self, pack: u64, disk: DiskHandle, extent: Extent) {
+    /// Keeps a session's log from now on.
+    pub fn log_to(&self, log: SessionLog) {
+        *lock(&self.log) = Some(log);
+    }
+
+    /// Appends to the session's log, if there is one.
+    pub fn log(&self, record: impl FnOnce() -> Vec<u8>) -> Result<(), RepoError> {
+        match &mut *lock(&self.log) {
+            Some(log) => log.append(&record()),
+            None => Ok(()),
+        }
+    }
+
+    /// The extent is durable when data pack `pack` is; 0 means now. `record` is what a session's log says of it.
+    pub fn durable_with(
+        &self,
+        pack: u64,
+        disk: DiskHandle,
+        extent: Extent,
+        record: impl FnOnce() -> Vec<u8>,
+    ) -> Result<(), RepoError> {
+        let logs = lock(&self.log).is_some();
         let mut waiting = lock(&self.waiting);
         if pack <= waiting.durable {
+            drop(waiting);
+            self.log(record)?;
             // Nobody may be listening.
-            let _ = waiting.notify.send((disk, vec![extent]));
-            return;
+            let _ = lock(&self.waiting).notify.send((disk, vec![extent]));
+            return Ok(());
+        }
+        if logs {
+            waiting.records.entry(pack).or_default().extend(record());
         }
         let extents = waiting.extents.entry((pack, disk.0)).or_default();
         match extents.last_mut() {
             Some(last) if last.end() == extent.offset_bytes => last.len_bytes += extent.len_bytes,
             _ => extents.push(extent),
         }
+        Ok(())
     }
 
-    /// Data pack `pack` and all before it are durable.
-    pub fn is_durable(&self, pack: u64) {
-        let mut waiting = lock(&self.waiting);
-        waiting.durable = pack;
-        let later = waiting.extents.split_off(&(pack + 1, 0));
-        for ((_, disk), extents) in std::mem::replace(&mut waiting.extents, later) {
+    /// Data pack `pack` and all before it are durable. A session's log says so before anybody is told.
+    pub fn is_durable(&self, pack: u64) -> Result<(), RepoError> {
+        let (extents, records) = {
+            let mut waiting = lock(&self.waiting);
+            waiting.durable = pack;
+            let later = waiting.extents.split_off(&(pack + 1, 0));
+            let extents = std::mem::replace(&mut waiting.extents, later);
+            let later = waiting.records.split_off(&(pack + 1));
+            (extents, std::mem::replace(&mut waiting.records, later))
+        };
+        if let Some(log) = &mut *lock(&self.log) {
+            records.values().try_for_each(|records| log.append(records))?;
+            log.sync()?;
+        }
+        let waiting = lock(&self.waiting);
+        for ((_, disk), extents) in extents {
             let _ = waiting.notify.send((DiskHandle(disk), extents));
         }
+        Ok(())
     }
 }
 

@@ -16,6 +16,8 @@ use crate::repo::writer::{Compression, DiskHandle};
 pub(super) enum What {
     Data(Bytes),
     Zero,
+    /// Chunks that are durable, by their digests; without digests, zeroes.
+    Known(Option<Vec<Digest>>),
     /// Seal the open pack.
     Flush,
 }
@@ -62,6 +64,7 @@ pub(super) enum Outcome {
         packed: Vec<u8>,
     },
     Zero,
+    Known(Option<Vec<Digest>>),
     Flush,
 }
 
@@ -85,6 +88,7 @@ pub(super) fn run(shared: &Shared, jobs: &Mutex<Receiver<Job>>, results: &Sender
         let outcome = match what {
             What::Data(bytes) => data(shared, &mut packer, number, chunk_bytes as usize, bytes)?,
             What::Zero => Outcome::Zero,
+            What::Known(digests) => Outcome::Known(digests),
             What::Flush => Outcome::Flush,
         };
         if results.send(Done { number, disk, extent, chunk_bytes, outcome, permit }).is_err() {
