@@ -37,6 +37,7 @@ use crate::repo::point::Manifest;
 use crate::repo::session_log::SessionLog;
 use crate::repo::{Compression, Repository};
 use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Session};
+use crate::wire::rate::Limit;
 use crate::wire::resume::{Lasting, Token};
 
 pub mod audit;
@@ -80,6 +81,8 @@ pub struct BackupOptions {
     pub budget: Budget,
     /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
     pub audit_permille: u32,
+    /// Most bytes of the VM's disks a second.
+    pub limit_rate: Option<u64>,
 }
 
 impl Default for BackupOptions {
@@ -94,6 +97,7 @@ impl Default for BackupOptions {
             freeze: None,
             budget: Budget::default(),
             audit_permille: audit::DEFAULT_PERMILLE,
+            limit_rate: None,
         }
     }
 }
@@ -347,7 +351,8 @@ async fn store(
         Some(Lasting::Client { over, .. }) => over.take(),
         _ => None,
     };
-    let storing = transfer::run(session, writer, wish, chunk_bytes, here, progress);
+    let limit = options.limit_rate.map(Limit::new);
+    let storing = transfer::run(session, writer, wish, (chunk_bytes, limit), here, progress);
     let stored = stoppable(interrupted, storing).await;
     if stored.is_err() {
         if let Some(over) = over {

@@ -28,6 +28,7 @@ use crate::units::human_bytes;
 use crate::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
 use crate::wire::frame::MAX_ACK_EXTENTS;
 use crate::wire::message::{Ack, Begun, Event, Failure, FailureCode, Session, Totals};
+use crate::wire::rate::Limit;
 use crate::wire::resume::{Again, Lasting};
 
 /// What the manifest says about the run itself.
@@ -103,7 +104,7 @@ pub async fn run(
     session: Session,
     mut writer: OpenWriter,
     wish: Wish,
-    chunk_bytes: u32,
+    (chunk_bytes, limit): (u32, Option<Limit>),
     keeps_files: bool,
     progress: &mut impl FnMut(Progress),
 ) -> Result<Stored, BackupError> {
@@ -121,7 +122,10 @@ pub async fn run(
     let reader = Arc::new(writer.get()?.reader());
 
     let work = async {
-        let data = receive(&mut events, writer.get()?, &acks, &begun, &compared, &mut replay, progress);
+        let data = async {
+            let inlet = Inlet { events: &mut events, acks: &acks, limit };
+            receive(inlet, writer.get()?, &begun, &compared, &mut replay, progress).await
+        };
         let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
         let ((received, same), (files, warnings)) = tokio::try_join!(data, kept)?;
@@ -294,12 +298,18 @@ async fn give(
     Ok(())
 }
 
+/// Where data comes from, how fast at most, and where is said what need not come again.
+struct Inlet<'a> {
+    events: &'a mut Receiver<Result<Event, Failure>>,
+    acks: &'a UnboundedSender<Ack>,
+    limit: Option<Limit>,
+}
+
 /// Stores data until the session says that all was sent. Gives the bytes read of each disk, and those of them that were the
 /// same.
 async fn receive(
-    events: &mut Receiver<Result<Event, Failure>>,
+    Inlet { events, acks, limit }: Inlet<'_>,
     writer: &Writer,
-    acks: &UnboundedSender<Ack>,
     begun: &Begun,
     compared: &[Compared],
     replay: &mut Replay,
@@ -316,6 +326,10 @@ async fn receive(
                 let extent = Extent { offset_bytes, len_bytes: len };
                 replay.before(writer, disk, extent, &mut count).await?;
                 writer.put(DiskHandle(known(disk, &count.received)?), offset_bytes, bytes).await?;
+                // Who waits takes no more, and the line is filled no further.
+                if let Some(limit) = &limit {
+                    limit.pass(len).await;
+                }
                 count.data(disk, extent);
             }
             Event::Zero { disk, extent } => {

@@ -47,6 +47,9 @@ pub struct BackupArgs {
     /// service's persistent_bitmaps.
     #[arg(long)]
     persistent_bitmaps: bool,
+    /// Take not more than so much a second of the VM's disks (20MiB, 500KiB): for a line, or a disk, that others use as well.
+    #[arg(long, value_name = "SIZE", value_parser = super::values::rate)]
+    limit_rate: Option<u64>,
     #[command(flatten)]
     quiet: QuietArgs,
     #[command(flatten)]
@@ -62,7 +65,7 @@ pub struct BudgetArgs {
     #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUDGET_MS)))]
     max_added_write_latency: Option<u32>,
     /// Read no more than this in a second, like 200M.
-    #[arg(long, value_name = "SIZE", value_parser = super::values::rate)]
+    #[arg(long, value_name = "SIZE", value_parser = super::values::read_rate)]
     max_read_rate: Option<u64>,
 }
 
@@ -237,8 +240,9 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
         ));
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
-    let (wait, budget) = (!args.no_wait, args.budget.budget());
-    let options = BackupOptions { compression, freeze, audit_permille, budget, hooks, wait, ..args.what.options() };
+    let (wait, budget, limit_rate) = (!args.no_wait, args.budget.budget(), args.limit_rate);
+    let options =
+        BackupOptions { limit_rate, compression, freeze, audit_permille, budget, hooks, wait, ..args.what.options() };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

@@ -4,6 +4,7 @@ use crate::backup::LevelChoice;
 use crate::grade::Policy;
 use crate::repo::Compression;
 use crate::units::{GIB, KIB, MIB};
+use crate::wire::rate::MIN_RATE;
 
 /// A byte count: `65536`, `64K`, `64KiB`, `1M`, `2G`, `1T`.
 pub fn size(text: &str) -> Result<u64, String> {
@@ -21,8 +22,16 @@ pub fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Bytes a second, 1 MiB at least.
-pub fn rate(text: &str) -> Result<u64, String> {
+pub fn read_rate(text: &str) -> Result<u64, String> {
     size(text).and_then(|rate| if rate < MIB { Err("1M is the slowest".to_owned()) } else { Ok(rate) })
+}
+
+/// Bytes a second.
+pub fn rate(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        slow if slow < MIN_RATE => Err("a rate is at least 64K a second".to_owned()),
+        rate => Ok(rate),
+    }
 }
 
 /// `none`, `zstd` or `zstd:LEVEL`.
@@ -76,6 +85,7 @@ mod tests {
         for bad in ["", "K", "1X", "-1", "1.5G", "16777216T", "1é"] {
             assert!(size(bad).is_err(), "{bad:?}");
         }
+        assert!(rate("20MiB") == Ok(20 * MIB) && rate("63K").is_err());
     }
 
     #[test]

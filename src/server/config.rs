@@ -6,6 +6,7 @@
 //! scratch = "/var/scratch"         # may be left out
 //! scratch_budget = "20 GiB"        # may be left out
 //! max_sessions = 8                 # backups at once; further ones wait; may be left out
+//! limit_rate = "100 MiB"           # most that all sessions together send a second; may be left out
 //! resume_grace_s = 60              # how long a backup whose client was lost is held for it; 0: not at all; may be left out
 //! unix_group = "backup"            # who may use a unix socket besides root and the server's own user
 //!
@@ -78,6 +79,7 @@ use crate::units::{GIB, KIB, MIB};
 use crate::vm::{Exclusive, PowerOff, QuietOptions};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
+use crate::wire::rate::MIN_SHARED_RATE;
 use crate::wire::resume::{DEFAULT_GRACE, MAX_GRACE};
 use crate::wire::tls::TlsFiles;
 
@@ -103,6 +105,8 @@ pub struct Config {
     pub unix_group: Option<String>,
     /// Sessions at once, at most: each has a fleece, and holds up to 32 MiB in flight.
     pub max_sessions: usize,
+    /// Most bytes that all sessions together send a second.
+    pub limit_rate: Option<u64>,
     /// How long the session of a client whose connection was lost is held for it.
     pub resume_grace: Duration,
     /// State directory, if the file names one.
@@ -148,6 +152,7 @@ struct File {
     unix_group: Option<String>,
     max_sessions: Option<usize>,
     resume_grace_s: Option<u64>,
+    limit_rate: Option<String>,
     state: Option<PathBuf>,
     scratch: Option<PathBuf>,
     scratch_budget: Option<String>,
@@ -336,6 +341,12 @@ impl Config {
         if resume_grace > MAX_GRACE {
             return Err(format!("resume_grace_s is a number of seconds from 0 to {}", MAX_GRACE.as_secs()));
         }
+        let limit_rate = file.limit_rate.as_deref().map(parse_size).transpose()?;
+        if limit_rate.is_some_and(|rate| rate < MIN_SHARED_RATE) {
+            return Err(
+                "limit_rate is at least \"1 MiB\" a second: slower, its clients would be taken for stuck".into()
+            );
+        }
         let budget = file.scratch_budget.as_deref().map(parse_size).transpose()?;
         Ok(Self {
             listen: listen?,
@@ -344,6 +355,7 @@ impl Config {
             unix_group: file.unix_group,
             max_sessions,
             resume_grace,
+            limit_rate,
             state: file.state,
             scratch: file.scratch,
             scratch_budget_bytes: budget,
@@ -453,6 +465,7 @@ mod tests {
             (good.replace("20 GiB", "lots"), "no size"),
             (good.replace("monitor", "monitr"), "monitr"),
             ("listen = \"unix:/x\"".into(), "names no VM"),
+            (format!("limit_rate = \"1023 KiB\"\n{good}"), "at least"),
             (format!("resume_grace_s = 3601\n{good}"), "from 0 to 3600"),
             (format!("{good}freeze_lease_s = 61\n"), "from 1 to 60"),
             (format!("{good}freeze = \"maybe\"\n"), "maybe"),

@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use crate::block::BoxFuture;
 use crate::vm::VmOptions;
 use crate::wire::message::{Failure, FailureCode};
+use crate::wire::rate::Limit;
 use crate::wire::{Address, Timing, serve_connection};
 
 mod config;
@@ -97,20 +98,27 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
     for address in listeners.iter().filter_map(Listener::address) {
         tracing::info!("listening at {address}");
     }
-    answer_clients(door, service, &listeners, &mut stop).await;
+    let limit = config.limit_rate.map(Limit::new);
+    answer_clients(door, service, &listeners, limit, &mut stop).await;
     tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
     while keepers.join_next().await.is_some() {}
     Ok(())
 }
 
 /// Answers whoever comes, until it is asked to stop; then nobody is answered any more.
-async fn answer_clients(door: Arc<Door>, service: Service, listeners: &[Listener], stop: &mut watch::Receiver<bool>) {
+async fn answer_clients(
+    door: Arc<Door>,
+    service: Service,
+    listeners: &[Listener],
+    limit: Option<Limit>,
+    stop: &mut watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             incoming = accept(listeners) => match incoming {
                 Ok(incoming) if connections.len() < MAX_CONNECTIONS => {
-                    connections.spawn(converse(door.clone(), service.clone(), incoming));
+                    connections.spawn(converse(door.clone(), service.clone(), incoming, limit.clone()));
                 }
                 Ok(_) => tracing::warn!("a connection was refused: {MAX_CONNECTIONS} are open"),
                 Err(e) => {
@@ -132,7 +140,7 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 }
 
 /// A connection, from the door to its end.
-async fn converse(door: Arc<Door>, service: Service, incoming: Incoming) {
+async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, limit: Option<Limit>) {
     let timing = Timing::default();
     let admitted = door.admit(incoming, timing.hello).await;
     let admitted = admitted.and_then(|(stream, caller)| Ok((stream, door.place(&caller)?, caller)));
@@ -140,6 +148,10 @@ async fn converse(door: Arc<Door>, service: Service, incoming: Incoming) {
         Err(failure) => tracing::warn!("{failure}"),
         Ok((stream, _place, caller)) => {
             let (service, caller) = (&service, &caller);
+            let stream = match limit {
+                Some(limit) => stream.limited(limit),
+                None => stream,
+            };
             // What went wrong is logged where it was seen.
             let _ = serve_connection(stream, timing, |request| service.answer(caller, request)).await;
         }

@@ -255,7 +255,7 @@ async fn tend(
     let service = Service::new(1, DEFAULT_GRACE);
     service.set(vm.name(), State::Attached(vm.clone()));
     let clients = tokio::spawn(async move {
-        answer_clients(Arc::new(Door::private()), service, &[listener], &mut closed).await;
+        answer_clients(Arc::new(Door::private()), service, &[listener], None, &mut closed).await;
     });
     let (end, ended) = oneshot::channel::<()>();
     let parting = async {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::frame::FrameError;
 use super::message::{Failure, FailureCode};
+use super::rate::{Limit, Limited};
 
 /// How long to wait for what. The defaults suit any network that a backup should run over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,11 @@ impl Stream {
     pub fn new(stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: impl Into<String>) -> Self {
         let (reader, writer) = tokio::io::split(stream);
         Self { reader: Box::new(reader), writer: Box::new(writer), peer: peer.into() }
+    }
+
+    /// The same, with a limit on how fast it sends.
+    pub fn limited(self, limit: Limit) -> Self {
+        Self { writer: Box::new(Limited::new(self.writer, limit)), ..self }
     }
 
     /// The other end, for messages.

@@ -31,6 +31,7 @@ pub mod hello;
 pub mod link;
 pub mod message;
 pub mod pool;
+pub mod rate;
 pub mod reader;
 pub mod resume;
 pub mod server;
