@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  agent ─► launcher ──► (prepare; waits; input; waits; farewell) ──pipe──► client ──► out, err, exit
-//!              └─ returns at PREPARED        ▲        ▲     each wait at a fifo, for its limit at most
+//!              └─ returns at PREPARED        ▲        ▲     each waits at a fifo, for its limit at most
 //!  agent ─► locker ──────────────────────────┘        │      ─► returns when all have said READY
 //!  agent ─► releaser ─────────────────────────────────┘      ─► returns what the clients said
 //! ```
@@ -23,8 +23,8 @@ use super::hold::{Hold, Said};
 use crate::agent::{AgentError, Channel, Executed};
 use crate::grade::Held;
 
-/// How often a program in the guest is asked for.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How often a program in the guest is asked for. To be asked costs the guest some time itself.
+const LOOK_EVERY: Duration = Duration::from_millis(25);
 /// What a script may take beyond its own limits.
 const GRACE: Duration = Duration::from_secs(10);
 /// What the releaser prints before what a client said, and before its complaints.
@@ -35,73 +35,74 @@ const COMPLAINTS: &str = "livebackup-complaints";
 const LAUNCHER: &str = r#"
 umask 077
 d=$(mktemp -d /run/livebackup-hold.XXXXXX) || exit 1
-mkfifo "$d/go" && exec 8<>"$d/go" || exit 1
+mkfifo "$d/go" "$d/said" && exec 8<>"$d/go" 9<>"$d/said" || exit 1
 prepare=$1 input=$2 farewell=$3 limit=$4 within=$5
 shift 5
 letter() { [ "$(timeout "$1" dd bs=1 count=1 <&8 2>/dev/null)" = "$2" ]; }
+uptime() { read -r up rest </proc/uptime; echo "$1 $up"; }
 (
-  if [ -z "$prepare" ] && ! letter $((within + limit)) l; then echo 0 >"$d/exit"; exit; fi
+  if [ -z "$prepare" ] && ! letter $((within + limit)) l; then uptime 0 >"$d/exit"; : >"$d/end"; exit; fi
   { printf '%s' "$prepare"
     if [ -z "$prepare" ] || letter $((within + limit)) l; then
       printf '%s' "$input"
       if letter "$limit" r; then printf '%s' "$farewell"; elif [ ! -e "$d/exit" ]; then : >"$d/expired"; fi
     fi
   } | {
-    timeout $((2 * (limit + within) + 5)) "$@" 8<&- >"$d/out" 2>"$d/err"
-    echo $? >"$d/exit.new"
+    timeout $((2 * (limit + within) + 5)) "$@" 8<&- 9<&- 2>"$d/err"
+    uptime $? >"$d/exit.new"
     mv "$d/exit.new" "$d/exit"
     printf x >&8
+  } | {
+    while IFS= read -r line; do
+      printf '%s\n' "$line" >>"$d/out"
+      case $line in PREPARED|READY) echo "$line" >&9;; esac
+    done
+    echo END >&9
+    : >"$d/end"
     [ ! -e "$d/abandoned" ] || rm -rf "$d"
   }
 ) </dev/null >/dev/null 2>&1 &
 echo "$d"
 [ -n "$prepare" ] || exit 0
-n=0
-until grep -qx PREPARED "$d/out" 2>/dev/null; do
-  if [ -e "$d/exit" ]; then cat "$d/out" "$d/err" >&2; rm -rf "$d"; exit 2; fi
-  n=$((n + 1))
-  if [ $n -gt $((within * 10)) ]; then
-    cat "$d/out" "$d/err" >&2
-    : >"$d/abandoned"
-    printf r >&8
-    exit 3
-  fi
-  sleep 0.1
-done
+case $(timeout "$within" sh -c 'read -r said; echo "$said"' <&9) in
+  PREPARED) exit 0;;
+  END) cat "$d/out" "$d/err" >&2; rm -rf "$d"; exit 2;;
+esac
+cat "$d/out" "$d/err" >&2
+: >"$d/abandoned"
+printf r >&8
+exit 3
 "#;
 
-/// $1 ready within, then the directories. Prints those whose clients have not become ready.
+/// The directories. Prints those whose clients have not become ready.
 const LOCKER: &str = r#"
-within=$1
-shift
-for d; do [ ! -d "$d" ] || printf l 1<>"$d/go"; done
-said() { while read -r line; do [ "$line" != READY ] || return 0; done <"$1"; return 1; }
-n=0
+read -r up rest </proc/uptime
+for d; do [ ! -d "$d" ] || { printf l 1<>"$d/go"; echo "$up" >"$d/locked"; }; done
 for d; do
-  until [ -e "$d/out" ] && said "$d/out"; do
-    n=$((n + 1))
-    if [ -e "$d/exit" ] || [ ! -d "$d" ] || [ $n -gt $((within * 50)) ]; then echo "$d"; break; fi
-    sleep 0.02
-  done
+  said=END
+  [ ! -d "$d" ] || read -r said <>"$d/said"
+  [ "$said" = READY ] || echo "$d"
 done
 "#;
 
-/// $@ the directories.
+/// The directories. Prints of each what its client said: `livebackup-hold DIRECTORY CODE EXPIRED EARLY LOCKED ENDED`, where the
+/// last two are the guest's uptime in seconds.
 const RELEASER: &str = r#"
 for d; do
   if [ -e "$d/exit" ]; then : >"$d/early"; elif [ -d "$d" ]; then printf r 1<>"$d/go"; fi
 done
 n=0
 for d; do
-  until [ -e "$d/exit" ] || [ ! -d "$d" ] || [ $n -gt 500 ]; do n=$((n + 1)); sleep 0.02; done
+  until [ -e "$d/end" ] || [ ! -d "$d" ] || [ $n -gt 200 ]; do n=$((n + 1)); sleep 0.05; done
 done
 for d; do
-  code=gone expired=no early=no
+  code=gone ended=0 locked=0 expired=no early=no
   [ ! -d "$d" ] || code=late
-  [ ! -e "$d/exit" ] || read -r code <"$d/exit"
+  [ ! -e "$d/exit" ] || read -r code ended <"$d/exit"
+  [ ! -e "$d/locked" ] || read -r locked <"$d/locked"
   [ ! -e "$d/expired" ] || expired=yes
   [ ! -e "$d/early" ] || early=yes
-  echo "livebackup-hold $d $code $expired $early"
+  echo "livebackup-hold $d $code $expired $early $locked $ended"
   cat "$d/out" 2>/dev/null
   echo
   echo livebackup-complaints
@@ -178,8 +179,7 @@ pub async fn lock(agent: &mut Channel, prepared: &mut Vec<Taken>) -> Result<Vec<
     let within = prepared.iter().map(|taken| taken.hold.ready_within).max().unwrap_or_default();
     let asked = Instant::now();
     prepared.iter_mut().for_each(|taken| taken.locked = asked);
-    let seconds = seconds(within);
-    let mut arguments = vec!["-c", LOCKER, "sh", &seconds];
+    let mut arguments = vec!["-c", LOCKER, "sh"];
     arguments.extend(prepared.iter().map(|taken| taken.dir.as_str()));
     let done = run(agent, &arguments, within + GRACE).await?;
     if done.exit_code != Some(0) {
@@ -230,12 +230,18 @@ impl Taken {
             }
         }
         let complaints: Vec<_> = lines.take_while(|line| !line.starts_with(OF)).collect();
+        let seconds = |at: usize| result.get(at).and_then(|text| text.parse::<f64>().ok()).filter(|s| *s > 0.0);
+        if let Some((locked, ended)) = seconds(3).zip(seconds(4)) {
+            // By the guest's own clock, which is in hundredths: what we saw of it came later.
+            let seen = (ended - locked + 0.01).clamp(0.0, held.held_us as f64 / 1e6);
+            held.held_us = (seen * 1e6) as u64;
+        }
         let why = match result[..] {
             ["gone", ..] => Some("what it left in the guest is gone"),
             ["late", ..] => Some("it did not end within 10 s of its release"),
-            [_, "yes", _] => Some("its limit ran out before the instant was over"),
-            [_, _, "yes"] => Some("it ended before it was released"),
-            ["0", _, _] => None,
+            [_, "yes", ..] => Some("its limit ran out before the instant was over"),
+            [_, _, "yes", ..] => Some("it ended before it was released"),
+            ["0", ..] => None,
             _ => Some("it failed"),
         };
         held.failed = why.map(|why| format!("{why}: {}", in_words(&complaints.join(" ")))).or(failure);
