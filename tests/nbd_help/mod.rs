@@ -25,15 +25,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `command` with `DIR` replaced in its arguments; it must make `DIR/sock`.
+    /// Starts `command` with `DIR` replaced in its arguments; it must make `DIR/sock`, a socket
+    /// or a file.
     pub fn start(dir: tempfile::TempDir, program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Server {
         let at = dir.path().to_str().unwrap();
         let mut command = Command::new(program.as_ref());
         command.args(args.iter().map(|a| a.replace("DIR", at))).stdin(Stdio::null());
         let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}; run tests/setup.sh, install nbdkit"));
         let server = Server { dir, child };
-        // The socket is there a moment before it listens.
-        wait_until("the server to listen", || UnixStream::connect(server.path("sock")).is_ok());
+        // A socket is there a moment before it listens; a file with the process's id is written after that.
+        let listens = |sock: PathBuf| sock.is_file() || UnixStream::connect(sock).is_ok();
+        wait_until("the server to listen", || listens(server.path("sock")));
         server
     }
 
