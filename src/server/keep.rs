@@ -12,12 +12,17 @@ use crate::vm::{AttachError, Hold, Parting, Vm, VmOptions};
 /// Soon: a guest that was started again is tracked without a gap only if its disk is looked at before it writes.
 const ATTACH_AGAIN_AFTER: Duration = Duration::from_millis(250);
 
+/// Nobody who could ask any more is as good as being asked.
+fn is_asked_to_stop(stop: &watch::Receiver<bool>) -> bool {
+    *stop.borrow() || stop.has_changed().is_err()
+}
+
 /// Keeps one VM attached.
 pub async fn keep(service: Service, monitor: Address, options: VmOptions, mut stop: watch::Receiver<bool>) {
     let mut known = options.name.clone().unwrap_or_else(|| monitor.to_string());
     service.set(&known, State::Starting);
     let mut said = String::new();
-    while !*stop.borrow() {
+    while !is_asked_to_stop(&stop) {
         let attached = Vm::attach(&monitor, options.clone()).await;
         match attached {
             Ok(vm) => {
