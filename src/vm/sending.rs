@@ -16,6 +16,7 @@
 //! again was not discarded, and will not be before the client has it.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 
 use tokio::sync::mpsc;
 
@@ -61,8 +62,11 @@ impl Outlet {
 pub type Heard = (Word, Vec<Bitmap>);
 
 /// Discards what is acknowledged, and passes words on. Never returns.
+///
+/// Who speaks is heard between two discards: a large disk's zeroes are many, and the last word must not wait for them.
 pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sending: mpsc::Sender<Heard>) {
     let mut acknowledged: Vec<_> = disks.iter().map(|d| Bitmap::new(d.needed.size_bytes())).collect();
+    let mut to_discard: VecDeque<(&ReadyDisk, Extent)> = VecDeque::new();
     // Dropped with the last word.
     let mut words = words.map(|words| (words, to_sending));
     let mut acknowledges = true;
@@ -74,7 +78,8 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                     Some(ack) => {
                         let index = usize::from(ack.disk);
                         if let Some((disk, done)) = disks.get(index).zip(acknowledged.get_mut(index)) {
-                            disk.acknowledge(&ack.extents, done).await;
+                            let new = disk.acknowledge(&ack.extents, done);
+                            to_discard.extend(new.into_iter().map(|extent| (disk, extent)));
                         }
                     }
                     None => acknowledges = false,
@@ -82,6 +87,14 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                 continue;
             }
             word = next(&mut words) => word,
+            () = std::future::ready(()), if !to_discard.is_empty() => {
+                if let Some((disk, extent)) = to_discard.pop_front()
+                    && let Some(rest) = disk.discard_some(extent).await
+                {
+                    to_discard.push_front((disk, rest));
+                }
+                continue;
+            }
         };
         match (word, &words) {
             (Some(word), Some((_, to_sending))) => {

@@ -292,14 +292,23 @@ pub fn left() -> Failure {
 }
 
 impl ReadyDisk {
-    /// Discards what is acknowledged, as whole granules, and notes it.
-    pub async fn acknowledge(&self, extents: &[Extent], acknowledged: &mut Bitmap) {
+    /// Notes what is acknowledged. Gives what of it is to be discarded now.
+    pub fn acknowledge(&self, extents: &[Extent], acknowledged: &mut Bitmap) -> Vec<Extent> {
+        let mut new = vec![];
         for extent in extents.iter().filter(|e| e.fits(self.needed.size_bytes())) {
             if !acknowledged.intersects(*extent) {
                 acknowledged.set(*extent);
-                self.discard(*extent).await;
+                new.push(*extent);
             }
         }
+        new
+    }
+
+    /// Discards the beginning of an extent, as whole granules. Gives the rest.
+    pub async fn discard_some(&self, extent: Extent) -> Option<Extent> {
+        let first = extent.split_at_multiples(MAX_DISCARD_BYTES).next()?;
+        self.discard(first).await;
+        (first.end() < extent.end()).then(|| Extent::between(first.end(), extent.end()))
     }
 }
 

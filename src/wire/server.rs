@@ -226,7 +226,14 @@ impl Connection {
         let Self { reader, writer, timing, peer } = self;
         let to_sidecar = ToSidecar { acks: &to_sidecar, words, digests };
         tokio::select! {
-            pumped = pump(writer, &mut events, acks, timing, peer) => pumped?,
+            pumped = async {
+                let pumped = pump(writer, &mut events, acks, timing, peer).await;
+                if matches!(pumped, Err(Ended::Lost(_))) {
+                    // It cannot be written to, but what it said last may still be here to be read.
+                    sleep(LAST_WORDS).await;
+                }
+                pumped
+            } => pumped?,
             () = sleep_until(until) => {
                 let hours = timing.session.as_secs_f64() / 3600.0;
                 let what = format!("the session of {peer} was given up: it was open for {hours:.1} h, and none may be longer");
@@ -274,6 +281,9 @@ impl Connection {
         Failure::new(FailureCode::Disconnected, format!("{} left {when}", self.peer))
     }
 }
+
+/// How long the last words of a client may take to be read when it cannot be written to any more.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How a session ended on a connection, other than well.
 enum Ended {
