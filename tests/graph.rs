@@ -385,32 +385,6 @@ fn queues_spread_over_iothreads() {
 }
 
 #[test]
-fn what_is_plugged_is_seen_by_one_who_knows_the_machine() {
-    for version in VERSIONS {
-        let mut qemu = Qemu::start_with(version, &["-device", "virtio-scsi-pci,id=bus9"], |_| {});
-        let mut board = Board::default();
-        let mut look = |qemu: &Qemu| {
-            let found = on_monitor(qemu, async |m| graph::discover(&m, OURS, &mut board).await.unwrap());
-            assert_eq!(discover(qemu), found);
-            found.disks.iter().map(|d| d.disk.name.clone()).collect::<Vec<_>>()
-        };
-        let before = look(&qemu);
-        qemu.qmp(
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "new", "size": 1 << 20, "read-zeroes": true}),
-        );
-        let unplugged = discover(&qemu);
-        qemu.qmp("device_add", json!({"driver": "scsi-hd", "id": "plugged", "bus": "bus9.0", "drive": "new"}));
-        let after = look(&qemu);
-        assert!(after.iter().any(|name| name == "plugged") && !before.iter().any(|name| name == "plugged"));
-        qemu.qmp("device_del", json!({"id": "plugged"}));
-        // It goes in steps, and two looks may see two of them.
-        wait_until("the disk to go", || discover(&qemu) == unplugged);
-        assert_eq!(look(&qemu), before);
-    }
-}
-
-#[test]
 fn shared_media_are_seen() {
     for version in VERSIONS {
         let args = "-blockdev raw,node-name=n0,file.driver=file,file.filename=DIR/0.raw

@@ -225,10 +225,10 @@ impl Shared {
     }
 }
 
-/// Random, with room for counting before the next client's is likely to begin, and short.
+/// Random, and short: QEMU reads a command byte by byte.
 fn first_id() -> u64 {
     let mut bytes = [0; 2];
     // Without a random source the ids are merely less unlike those of the client before us.
     let _ = getrandom::fill(&mut bytes);
-    u64::from(u16::from_le_bytes(bytes)) << 12
+    u64::from(u16::from_le_bytes(bytes))
 }

@@ -1,6 +1,7 @@
 //! Attaching: locks, left-overs, what this QEMU can do.
 
-use std::sync::{Arc, Mutex as StdMutex};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{Mutex, watch};
 
@@ -84,7 +85,8 @@ impl Vm {
         }
         let Process { pid, start_time, boot_id } = process;
         let qemu = QemuInstance { pid, start_time, boot_id };
-        let capabilities = known::capabilities(&monitor, &names, &qemu, &place.known).await.map_err(qemu_failed)?;
+        let (capabilities, board) =
+            known::capabilities(&monitor, &names, &qemu, &place.known).await.map_err(qemu_failed)?;
         let gauge = Gauge::new(&monitor, &names, &place.sockets, capabilities.latency_histogram);
         let inner = Inner {
             name,
@@ -95,7 +97,8 @@ impl Vm {
             gauge,
             place,
             session: Arc::new(Mutex::new(())),
-            board: Mutex::default(),
+            looked: StdMutex::default(),
+            board: Mutex::new(board),
             progress: StdMutex::new(None),
             last: StdMutex::default(),
             held: Default::default(),
@@ -106,7 +109,10 @@ impl Vm {
         };
         let vm = Vm { inner: Arc::new(inner) };
         vm.pay_quit().await?;
-        vm.carry_over().await?;
+        if let Some(graph) = vm.carry_over().await? {
+            let looked = (Instant::now(), graph.disks);
+            *vm.inner.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(looked);
+        }
         Ok(vm)
     }
 }

@@ -81,21 +81,22 @@ impl Vm {
         media
     }
 
-    /// Carries epochs over to this QEMU, where there is proof.
-    pub(super) async fn carry_over(&self) -> Result<(), Failure> {
+    /// Carries epochs over to this QEMU, where there is proof. Gives the machine as it is then, if it had to be looked at.
+    pub(super) async fn carry_over(&self) -> Result<Option<Graph>, Failure> {
         // Nothing is tracked yet: nothing to ask QEMU for.
         if std::fs::read_dir(&self.inner.place.disks).is_ok_and(|mut d| d.next().is_none()) {
-            return Ok(());
+            return Ok(None);
         }
         let graph = self.graph_with_sharers().await?;
         let run_state = monitor::run_state(self.monitor()).await.map_err(qemu_failed)?;
         let mut doubts = BTreeMap::new();
-        let mut harvester = None;
+        let (mut harvester, mut changed) = (None, false);
         for (i, disk) in trackable(&graph).enumerate() {
             let mut log = tracking::open_log(&self.inner.place.disks, &disk.name)?;
             if log.epoch().is_none_or(|e| e.qemu == self.inner.qemu) {
                 continue;
             }
+            changed = true;
             let carried = self.carry_disk(i, disk, &mut log, &graph, &run_state, &mut harvester).await;
             match carried {
                 Ok(proof) => tracing::info!(vm = self.inner.name, disk = disk.name, ?proof, "the epoch goes on"),
@@ -110,7 +111,18 @@ impl Vm {
             self.clean_up_now().await?;
         }
         self.set_doubts(doubts);
-        Ok(())
+        match changed {
+            true => self.graph_with_sharers().await.map(Some),
+            false => Ok(Some(graph)),
+        }
+    }
+
+    /// [`Self::carry_over`], then the machine.
+    pub(super) async fn carried_over(&self) -> Result<Graph, Failure> {
+        match self.carry_over().await? {
+            Some(graph) => Ok(graph),
+            None => self.graph_with_sharers().await,
+        }
     }
 
     async fn carry_disk(

@@ -15,8 +15,7 @@ impl Vm {
         // A task of its own: a caller that goes away must not leave a helper node behind.
         let work = tokio::spawn(async move {
             vm.clean_up_now().await?;
-            vm.carry_over().await?;
-            let graph = vm.graph_with_sharers().await?;
+            let graph = vm.carried_over().await?;
             let plans = vm.plans(&begin, &graph).await?;
             let result = vm.estimates(&plans, u64::from(begin.chunk_bytes)).await;
             vm.clean_up_now().await?;

@@ -148,6 +148,8 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> Failure {
 
 /// How long a session waits for whoever looks at the VM.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
+/// For how long the disks that attaching found are as good as a look at them.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// An attached VM. Clones share it; the locks go with the last one.
 #[derive(Clone)]
@@ -178,6 +180,9 @@ struct Inner {
     gauge: Gauge,
     place: Place,
     session: Arc<Mutex<()>>,
+    /// What attaching found, and when: for whoever asks right after it.
+    looked: StdMutex<Option<(Instant, Vec<FoundDisk>)>>,
+    /// Its devices, as they were last seen.
     board: Mutex<graph::Board>,
     progress: StdMutex<Option<SessionStatus>>,
     last: StdMutex<Option<LastSession>>,
@@ -225,14 +230,23 @@ impl Vm {
 
     async fn graph(&self) -> Result<Graph, Failure> {
         let mut board = self.inner.board.lock().await;
-        graph::discover(self.monitor(), self.names().prefix(), &mut board)
-            .await
-            .map_err(|e| Failure::new(FailureCode::Qemu, e.to_string()))
+        let before = board.clone();
+        let found = graph::discover(self.monitor(), self.names().prefix(), &mut board).await;
+        if *board != before {
+            // A file of some KiB, seldom.
+            tokio::task::block_in_place(|| known::remember(&self.inner.place.known, &board));
+        }
+        found.map_err(|e| Failure::new(FailureCode::Qemu, e.to_string()))
     }
 
     /// The VM's definition and all devices that are or could be taken for a disk.
     pub async fn disks(&self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
-        Ok((self.inner.machine.clone(), self.graph().await?.disks))
+        let looked = self.inner.looked.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let disks = match looked {
+            Some((at, disks)) if at.elapsed() < FRESH => disks,
+            _ => self.graph().await?.disks,
+        };
+        Ok((self.inner.machine.clone(), disks))
     }
 
     /// Switches on the histograms of how long the guest's writes take, on all disks that are backed up: whoever stays

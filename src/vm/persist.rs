@@ -76,5 +76,9 @@ pub async fn add_recording(monitor: &Monitor, node: &str, name: &str, keep: bool
 
 /// Arguments for adding a bitmap that records.
 pub fn bitmap(node: &str, name: &str, keep: bool) -> Value {
-    json!({"node": node, "name": name, "granularity": GRANULE_BYTES, "persistent": keep})
+    let mut arguments = json!({"node": node, "name": name, "granularity": GRANULE_BYTES});
+    if keep {
+        arguments["persistent"] = json!(true);
+    }
+    arguments
 }

@@ -4,7 +4,7 @@
 //! STATE/owner                  our owner id: part of every name that we use inside QEMU
 //!       scratch/               where copy-before-write puts old data (unlinked files)
 //!       vms/VM/lock            flock: one sidecar at a time
-//!              qemu.json       what its QEMU process can do (`known`)
+//!              qemu.json       what its QEMU process can do, and its devices (`known`)
 //!              disks/DISK/     the sealed checkpoint log of a disk
 //! RUN/qemu-PID-START.lock      flock: one sidecar per QEMU process, with who holds it
 //!     OWNER8-PID-START/        sockets for this QEMU, and `owed-*` files: debts that carry no name inside QEMU

@@ -183,8 +183,7 @@ impl Vm {
         }
         // A session whose clean-up failed may have left something.
         self.clean_up_now().await?;
-        self.carry_over().await?;
-        let graph = self.graph_with_sharers().await?;
+        let graph = self.carried_over().await?;
         let chosen = select::disks(&graph.disks, begin)?;
         let at_work: Vec<_> =
             graph.foreign.iter().filter(|f| chosen.iter().any(|d| d.name == f.disk)).map(ToString::to_string).collect();

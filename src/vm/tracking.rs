@@ -211,7 +211,10 @@ pub async fn add_bitmap(
     granularity: u64,
     disabled: bool,
 ) -> Result<Value, MonitorError> {
-    let arguments = json!({"node": node, "name": name, "granularity": granularity, "disabled": disabled});
+    let mut arguments = json!({"node": node, "name": name, "granularity": granularity});
+    if disabled {
+        arguments["disabled"] = json!(true);
+    }
     monitor.raw("block-dirty-bitmap-add", arguments).await
 }
 

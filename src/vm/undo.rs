@@ -32,6 +32,9 @@ use crate::monitor::{Monitor, MonitorError};
 use crate::vhost::{self, VhostError};
 use crate::wire::message::{Failure, FailureCode};
 
+/// Most filters of ours that are looked for above one disk.
+const MAX_FILTERS: usize = 8;
+
 /// How long a hard-deleted export may take to go.
 const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
 
@@ -219,20 +222,29 @@ impl Undo<'_> {
             }
         }
         self.stop_server().await?;
-        let nodes = named_nodes(monitor, names).await?;
+        let all = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+        let nodes = ours(&all, "node-name", names);
+        if nodes.is_empty() && self.stuck.is_empty() {
+            return self.rest().await;
+        }
         for node in nodes.iter().filter(|n| n.starts_with(&format!("{}snap", names.prefix()))) {
             self.delete(node).await?;
         }
         // Every guest device first: what follows may hold QEMU's main loop up for a while.
         let mut out = vec![];
-        for filter in nodes.iter().filter(|n| names.is_filter(n)) {
-            let below = take_out(monitor, filter).await;
-            out.extend(self.note(format!("filter {filter}"), below)?.map(|below| (filter, below)));
+        let filters: Vec<_> = nodes.iter().filter(|n| names.is_filter(n)).collect();
+        if !filters.is_empty() {
+            let graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
+            let blocks = monitor.raw("query-block", json!({})).await?;
+            for filter in filters {
+                let below = take_out(monitor, names, filter, (&graph, &blocks)).await;
+                out.extend(self.note(format!("filter {filter}"), below)?.map(|below| (filter, below)));
+            }
         }
         for (filter, below) in out {
             // The guest is free of the filter; only deleting it flushes.
-            if let Some(below) = below {
-                sync_image(monitor, &below).await;
+            if let Some(path) = below.and_then(|below| image_of(&all, &below)) {
+                sync_files(vec![path]).await;
             }
             let deleted = monitor.raw("blockdev-del", json!({"node-name": filter})).await;
             if self.note(format!("filter {filter}"), deleted)?.is_some() {
@@ -247,7 +259,12 @@ impl Undo<'_> {
         for node in named_nodes(monitor, names).await? {
             self.delete(&node).await?;
         }
-        remove_descriptors(monitor, names).await?;
+        self.rest().await
+    }
+
+    /// What is left when no node is.
+    async fn rest(&mut self) -> Result<(), MonitorError> {
+        remove_descriptors(self.monitor, self.names).await?;
         self.debts.pay_files();
         remove_sockets(self.sockets);
         Ok(())
@@ -326,11 +343,21 @@ pub(super) async fn delete_export(monitor: &Monitor, id: &str) -> Result<(), Mon
     tokio::time::timeout(EXPORT_GOES_WITHIN, gone).await.unwrap_or(Err(late))
 }
 
-/// Takes a filter from above its disk: the device gets back what the graph says is below the filter. Gives that.
-async fn take_out(monitor: &Monitor, filter: &str) -> Result<Option<String>, MonitorError> {
-    let graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
-    let below = child_of(&graph, filter, "file");
-    let blocks = monitor.raw("query-block", json!({})).await?;
+/// Takes a filter from above its disk: the device gets back what the graph says is below all filters of ours. Gives
+/// that. The pair: the answers of `x-debug-query-block-graph` and `query-block`.
+async fn take_out(
+    monitor: &Monitor,
+    names: &Names,
+    filter: &str,
+    (graph, blocks): (&Value, &Value),
+) -> Result<Option<String>, MonitorError> {
+    let mut below = child_of(graph, filter, "file");
+    for _ in 0..MAX_FILTERS {
+        match &below {
+            Some(name) if names.is_filter(name) => below = child_of(graph, name, "file"),
+            _ => break,
+        }
+    }
     for device in blocks.as_array().into_iter().flatten() {
         if device["inserted"]["node-name"] == filter
             && let (Some(qdev), Some(below)) = (device["qdev"].as_str(), &below)
@@ -374,10 +401,15 @@ fn child_of(graph: &Value, node: &str, role: &str) -> Option<String> {
 /// is little left to flush.
 pub(super) async fn sync_image(monitor: &Monitor, node: &str) {
     let Ok(nodes) = monitor.raw("query-named-block-nodes", json!({"flat": true})).await else { return };
-    let found = nodes.as_array().into_iter().flatten().find(|n| n["node-name"] == node);
-    if let Some(path) = found.and_then(|n| n["file"].as_str()).map(PathBuf::from) {
+    if let Some(path) = image_of(&nodes, node) {
         sync_files(vec![path]).await;
     }
+}
+
+/// The file of a node in the answer of `query-named-block-nodes`.
+fn image_of(nodes: &Value, node: &str) -> Option<PathBuf> {
+    let found = nodes.as_array()?.iter().find(|n| n["node-name"] == node)?;
+    found["file"].as_str().map(PathBuf::from)
 }
 
 /// `fdatasync` of files that QEMU has open, as far as they are files of this host.

@@ -4,54 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
 use nix::libc;
 use serde_json::{Value, json};
 
+use super::board::{self, Board, unless_gone};
 use super::item::Item;
 use super::{Answers, FileId, Graph, GraphError, Object, names, nodes};
-use crate::monitor::{Monitor, MonitorError};
+use crate::monitor::Monitor;
 
-/// Most objects of the QOM tree that are looked at, and how deep.
-const MAX_OBJECTS: usize = 16 << 10;
-const MAX_DEPTH: usize = 16;
+/// Most virtio devices, and how deep PCI bridges go.
+const MAX_DEVICES: usize = 16 << 10;
+const MAX_BRIDGES: usize = 16;
 /// How often answers that do not fit together are asked for again.
 const TRIES: usize = 4;
 /// How long the files of the disks may take to tell who they are (a dead network file system never does).
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(3);
-
-/// The parts of a machine that were there from its start, as they were found. Nothing can be plugged into them that does
-/// not show in the list of their own children, so that later walks need not go down again: a walk is most of what
-/// finding the disks costs QEMU.
-#[derive(Debug, Default)]
-pub struct Board {
-    parts: BTreeMap<String, Part>,
-}
-
-/// A child of `/machine`.
-#[derive(Debug)]
-struct Part {
-    children: Vec<(String, String)>,
-    below: Vec<Object>,
-}
-
-/// Whether devices are plugged here while the machine runs.
-fn is_pluggable(path: &str) -> bool {
-    path.starts_with("/machine/peripheral")
-}
-
-impl Board {
-    /// What is below a part, if its children are the known ones.
-    fn known(&self, path: &str, children: &[(String, String)]) -> Option<&[Object]> {
-        self.parts.get(path).filter(|part| part.children == children).map(|part| &part.below[..])
-    }
-
-    fn learn(&mut self, path: String, children: Vec<(String, String)>, all: &[Object]) {
-        let prefix = format!("{path}/");
-        let below = all.iter().filter(|o| o.path.starts_with(&prefix)).cloned().collect();
-        self.parts.insert(path, Part { children, below });
-    }
-}
 
 /// Finds a machine's disks and block graph. `owner_prefix` is `livebackup-<owner8>-`; `board` remembers what cannot change
 /// from one call to the next of the same QEMU.
@@ -70,7 +37,7 @@ pub async fn discover(monitor: &Monitor, owner_prefix: &str, board: &mut Board) 
 
 /// Asks everything that [`Graph::read`] needs, once.
 pub async fn ask(monitor: &Monitor, board: &mut Board) -> Result<Answers, GraphError> {
-    let mut answers = Answers { objects: walk(monitor, board).await?, ..Answers::default() };
+    let mut answers = Answers { objects: board::objects(monitor, board).await?, ..Answers::default() };
     answers.graph = monitor.raw("x-debug-query-block-graph", json!({})).await?;
     answers.nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
     answers.block = monitor.raw("query-block", json!({})).await?;
@@ -93,105 +60,11 @@ pub async fn ask(monitor: &Monitor, board: &mut Board) -> Result<Answers, GraphE
     Ok(answers)
 }
 
-/// A command on an object that may have gone away meanwhile.
-async fn unless_gone(monitor: &Monitor, command: &str, arguments: Value) -> Result<Option<Value>, MonitorError> {
-    match monitor.raw(command, arguments).await {
-        Ok(answer) => Ok(Some(answer)),
-        Err(error) if error.refusal().is_some() => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// All devices and buses of the QOM tree, sorted by path. A whole level is asked for at once: answering takes QEMU a few
-/// microseconds an object, and a walk one by one would cost a turn of its main loop each.
-async fn walk(monitor: &Monitor, board: &mut Board) -> Result<Vec<Object>, GraphError> {
-    let (mut found, mut new) = (vec![], vec![]);
-    let mut level = vec![("/machine".to_owned(), String::new())];
-    for depth in 0.. {
-        if level.is_empty() {
-            break;
-        }
-        if depth > MAX_DEPTH {
-            return Err(GraphError::TooLarge { at: "depth of QOM tree".into(), limit: MAX_DEPTH as u64 });
-        }
-        let asked = try_join_all(level.into_iter().map(|(path, kind)| object(monitor, path, kind))).await?;
-        level = vec![];
-        for (object, children) in asked.into_iter().flatten() {
-            if depth == 1 && !is_pluggable(&object.path) {
-                if let Some(below) = board.known(&object.path, &children) {
-                    found.extend(below.iter().cloned());
-                    found.push(object);
-                    continue;
-                }
-                new.push((object.path.clone(), children.clone()));
-            }
-            level.extend(children);
-            if depth > 0 {
-                found.push(object);
-            }
-            if found.len() + level.len() > MAX_OBJECTS {
-                return Err(GraphError::TooLarge { at: "QOM tree".into(), limit: MAX_OBJECTS as u64 });
-            }
-        }
-    }
-    for (path, children) in new {
-        board.learn(path, children, &found);
-    }
-    found.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(found)
-}
-
-/// An object with the properties that matter, and its children (path, type); none when it has gone away.
-async fn object(
-    monitor: &Monitor,
-    path: String,
-    kind: String,
-) -> Result<Option<(Object, Vec<(String, String)>)>, GraphError> {
-    let Some(list) = unless_gone(monitor, "qom-list", json!({"path": path})).await? else { return Ok(None) };
-    let mut children = vec![];
-    let mut members = BTreeSet::new();
-    for item in Item::root("qom-list", &list).list(MAX_OBJECTS)? {
-        let (name, kind) = (item.member("name")?.text()?, item.member("type")?.text()?);
-        match kind.strip_prefix("child<").and_then(|k| k.strip_suffix('>')) {
-            Some(kind) if !is_boring(kind) => children.push((format!("{path}/{name}"), kind.to_owned())),
-            Some(_) => {}
-            None => {
-                members.insert(name);
-            }
-        }
-    }
-    let wanted = wanted_properties(&kind, &members);
-    let mut object = Object { path, kind, ..Object::default() };
-    for name in wanted {
-        let arguments = json!({"path": object.path, "property": name});
-        if let Some(value) = unless_gone(monitor, "qom-get", arguments).await? {
-            object.properties.insert((*name).to_owned(), value);
-        }
-    }
-    Ok(Some((object, children)))
-}
-
-/// Types that are no device and have none below them.
-fn is_boring(kind: &str) -> bool {
-    kind.contains("memory-region") || matches!(kind, "irq" | "clock" | "or-irq") || kind.ends_with("-cpu")
-}
-
-fn wanted_properties(kind: &str, members: &BTreeSet<&str>) -> Vec<&'static str> {
-    let wanted: &[&str] = if kind.starts_with("vfio-") {
-        &["host", "sysfsdev"]
-    } else if members.contains("drive") {
-        &["iothread", "iothread-vq-mapping", "share-rw", "parent_bus"]
-    } else {
-        &["iothread", "iothread-vq-mapping"]
-    };
-    wanted.iter().copied().filter(|name| members.contains(name)).collect()
-}
-
 /// Names of virtio devices by path.
 async fn virtio_names(monitor: &Monitor) -> Result<BTreeMap<String, String>, GraphError> {
     let mut found = BTreeMap::new();
     if let Some(list) = unless_gone(monitor, "x-query-virtio", json!({})).await? {
-        for item in Item::root("x-query-virtio", &list).list(MAX_OBJECTS)? {
+        for item in Item::root("x-query-virtio", &list).list(MAX_DEVICES)? {
             found.insert(item.member("path")?.text()?.to_owned(), item.member("name")?.text()?.to_owned());
         }
     }
@@ -242,7 +115,7 @@ fn classes_by_id(bus: &Value, depth: usize, found: &mut BTreeMap<String, u32>) {
         {
             found.insert(id.to_owned(), u32::from(class) << 8);
         }
-        if let Some(bridge) = device.get("pci_bridge").filter(|_| depth < MAX_DEPTH) {
+        if let Some(bridge) = device.get("pci_bridge").filter(|_| depth < MAX_BRIDGES) {
             classes_by_id(bridge, depth + 1, found);
         }
     }

@@ -26,6 +26,7 @@
 //! times. Cancelling is safe anywhere.
 
 mod ask;
+mod board;
 mod devices;
 mod item;
 mod names;
@@ -37,7 +38,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use ask::{Board, ask, discover};
+pub use ask::{ask, discover};
+pub use board::Board;
 pub use nodes::{Bitmap, Edge, Node, Vertex};
 
 use crate::machine::FoundDisk;
