@@ -3,12 +3,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-throughput lint cargo
+.PHONY: help demo test bench bench-throughput bench-write-overhead lint cargo
 CARGO ?= cargo
 SCRIPTS := tests/setup.sh tests/guest/build.sh tests/guest/build-db.sh tests/guest/setup-db tests/guest/init-db demo/run.sh .ci/run
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-20s %s\n", $$1, $$2}' Makefile
 
 demo: cargo ## back up and restore a running guest, in one process and over TCP, and prove what was restored (about 2 minutes)
 	tests/setup.sh --packages
@@ -35,11 +35,19 @@ bench: cargo ## measure (release): the parts, then all of it beside QEMU's own m
 	tests/setup.sh --packages
 	$(CARGO) bench --locked --benches
 	$(MAKE) --no-print-directory bench-throughput
+	$(MAKE) --no-print-directory bench-write-overhead
 
 bench-throughput: cargo ## only the latter (about 10 minutes); writes bench/RESULTS.md
 	tests/setup.sh --packages
 	$(CARGO) build --release --locked
 	bench/throughput.py
+
+bench-write-overhead: cargo ## what backups cost a guest's writes, by method (about 5 minutes); writes bench/WRITE-OVERHEAD.md
+	tests/setup.sh --packages
+	$(CARGO) build --release --locked
+	mkdir -p target/bench
+	"$${CARGO_TARGET_DIR:-target}/release/livebackup" bench write-overhead --markdown bench/WRITE-OVERHEAD.md \
+	  --html target/bench/write-overhead.html --json-file target/bench/write-overhead.json
 
 cargo:
 	@command -v $(CARGO) >/dev/null || { echo "$(CARGO) is missing: install Rust 1.90 or later (https://rustup.rs), then try again"; exit 1; }

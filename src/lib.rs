@@ -30,7 +30,7 @@
 //!
 //! ```text
 //! cli
-//! backup restore server
+//! backup overhead restore server
 //! vm
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
@@ -55,6 +55,7 @@ pub mod limits;
 pub mod machine;
 pub mod monitor;
 pub mod nbd;
+pub mod overhead;
 pub mod partition;
 pub mod pki;
 pub mod repo;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::{
-    backup, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, run, serve, show, status,
-    verify,
+    backup, bench, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, run, serve, show,
+    status, verify,
 };
 use crate::area::Skip;
 use crate::vm;
@@ -103,6 +103,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Remove all that livebackup put into a VM; the next backup is a full one
     Detach(detach::DetachArgs),
+    /// Measure what backups cost
+    Bench(bench::BenchArgs),
     /// Owes a guest its thaw if the sidecar dies
     #[command(hide = true)]
     Guardian(guardian::GuardianArgs),

@@ -7,6 +7,7 @@ use clap::Parser;
 
 mod args;
 mod backup;
+mod bench;
 mod context;
 mod detach;
 mod dial;
@@ -88,6 +89,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
             Command::Pki(args) => pki::run(&context, &args),
             Command::Status(args) => status::run(&context, &args).await,
             Command::Doctor(args) => doctor::run(&context, &args).await,
+            Command::Bench(args) => bench::run(&context, &args).await,
             Command::Detach(args) => detach::run(&context, &args).await,
             Command::Guardian(_) | Command::Run(_) => Ok(Code::Good),
         }

@@ -1,0 +1,300 @@
+//! The report: every run, their medians and spreads, and what was hoped for.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::about::About;
+use super::figures::{Figures, Latency, Point, Spread};
+use super::load::Workload;
+use super::method::Method;
+
+/// How it was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Settings {
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Longest time of a backup.
+    pub seconds: u32,
+    /// How often each was measured.
+    pub rounds: u32,
+    /// Requests under way.
+    pub depth: u16,
+    /// QEMU's cache mode of the disk.
+    pub cache: &'static str,
+    /// Rate of the reader; as fast as it can when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reader_bytes_per_second: Option<u64>,
+}
+
+/// What a backup was like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Backup {
+    /// From its begin until all was out of QEMU.
+    pub took_s: f64,
+    /// Whether it was not broken off.
+    pub finished: bool,
+    /// Read or copied of the disk.
+    pub read_bytes: u64,
+    /// What livebackup copied to scratch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copied_bytes: Option<u64>,
+}
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Run {
+    /// What the guest did.
+    pub workload: &'static str,
+    /// What was done to it.
+    pub method: &'static str,
+    /// Counts from 1.
+    pub round: u32,
+    /// Before the backup.
+    pub before: Figures,
+    /// While it was there.
+    pub during: Figures,
+    /// After it.
+    pub after: Figures,
+    /// The backup.
+    pub backup: Backup,
+    /// Requests of the guest that failed.
+    pub failed_requests: u64,
+    /// Its course.
+    pub course: Vec<Point>,
+}
+
+/// One phase of a method over all rounds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Phase {
+    /// Operations in a second.
+    pub per_second: Spread,
+    /// MiB in a second.
+    pub mib_per_second: Spread,
+    /// Latencies of writes.
+    pub p50_us: Spread,
+    /// 99 of 100.
+    pub p99_us: Spread,
+    /// 999 of 1000.
+    pub p999_us: Spread,
+    /// The slowest.
+    pub max_us: Spread,
+}
+
+impl Phase {
+    fn of(runs: &[&Run], of_run: impl Fn(&Run) -> &Figures) -> Option<Self> {
+        let spread = |figure: &dyn Fn(&Figures) -> f64| Spread::of(runs.iter().map(|run| figure(of_run(run))));
+        let took = |figure: fn(Latency) -> f64| {
+            Spread::of(runs.iter().filter_map(|run| of_run(run).write).map(figure)).unwrap_or_default()
+        };
+        Some(Self {
+            per_second: spread(&|f| f.per_second)?,
+            mib_per_second: spread(&|f| f.mib_per_second)?,
+            p50_us: took(|l| l.p50_us),
+            p99_us: took(|l| l.p99_us),
+            p999_us: took(|l| l.p999_us),
+            max_us: took(|l| l.max_us),
+        })
+    }
+}
+
+/// All rounds of a method under a workload.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// What the guest did.
+    pub workload: &'static str,
+    /// What was done to it.
+    pub method: &'static str,
+    /// The same, for people.
+    pub words: &'static str,
+    /// Runs that were measured.
+    pub rounds: usize,
+    /// Why there are fewer than there should be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_measured: Option<String>,
+    /// The figures; absent without a run.
+    #[serde(flatten)]
+    pub measured: Option<Measured>,
+}
+
+/// The figures of a summary.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Measured {
+    /// Before the backup.
+    pub before: Phase,
+    /// While it was there.
+    pub during: Phase,
+    /// After it.
+    pub after: Phase,
+    /// Rate during, as a share of that before, of each run.
+    pub rate_share: Spread,
+    /// p99 of writes during, in multiples of that before, of each run.
+    pub p99_times: Spread,
+    /// How long the backup took.
+    pub took_s: Spread,
+    /// How many came to their end.
+    pub finished: usize,
+    /// Requests of the guest that failed, in all.
+    pub failed_requests: u64,
+}
+
+impl Measured {
+    fn of(runs: &[&Run]) -> Option<Self> {
+        let share = |run: &&Run| match run.before.per_second {
+            0.0 => 0.0,
+            before => run.during.per_second / before,
+        };
+        let times = |run: &&Run| match (run.before.write, run.during.write) {
+            (Some(before), Some(during)) if before.p99_us > 0.0 => Some(during.p99_us / before.p99_us),
+            _ => None,
+        };
+        Some(Self {
+            before: Phase::of(runs, |run| &run.before)?,
+            during: Phase::of(runs, |run| &run.during)?,
+            after: Phase::of(runs, |run| &run.after)?,
+            rate_share: Spread::of(runs.iter().map(share))?,
+            p99_times: Spread::of(runs.iter().filter_map(times)).unwrap_or_default(),
+            took_s: Spread::of(runs.iter().map(|run| run.backup.took_s))?,
+            finished: runs.iter().filter(|run| run.backup.finished).count(),
+            failed_requests: runs.iter().map(|run| run.failed_requests).sum(),
+        })
+    }
+}
+
+/// Something hoped for. Fails nothing.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Target {
+    /// What, and how much.
+    pub words: String,
+    /// What it was; absent when it was not measured.
+    pub value: Option<f64>,
+    /// Whether that is as hoped for.
+    pub met: Option<bool>,
+}
+
+/// All of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// When it began.
+    pub began: Timestamp,
+    /// How long it took.
+    pub took_s: f64,
+    /// The machine.
+    pub about: About,
+    /// How it was measured.
+    pub settings: Settings,
+    /// By workload and method.
+    pub summaries: Vec<Summary>,
+    /// What was hoped for.
+    pub targets: Vec<Target>,
+    /// Each run.
+    pub runs: Vec<Run>,
+}
+
+/// Sums runs up. `gaps` are reasons for which a method was not measured, or not always.
+pub fn summaries(
+    workloads: &[Workload],
+    methods: &[Method],
+    runs: &[Run],
+    gaps: &[(Workload, Method, String)],
+) -> Vec<Summary> {
+    let mut all = vec![];
+    for workload in workloads {
+        for method in methods {
+            let own: Vec<_> =
+                runs.iter().filter(|r| r.workload == workload.name() && r.method == method.name()).collect();
+            let gap = gaps.iter().find(|(w, m, _)| w == workload && m == method);
+            all.push(Summary {
+                workload: workload.name(),
+                method: method.name(),
+                words: method.words(),
+                rounds: own.len(),
+                not_measured: gap.map(|(.., why)| why.clone()),
+                measured: Measured::of(&own),
+            });
+        }
+    }
+    all
+}
+
+/// What was hoped for, of random writes of 4 KiB.
+pub fn targets(summaries: &[Summary]) -> Vec<Target> {
+    let of = |method: Method| {
+        let found = |s: &&Summary| s.workload == Workload::Random.name() && s.method == method.name();
+        summaries.iter().find(found)?.measured
+    };
+    let target = |words: &str, value: Option<f64>, met: fn(f64) -> bool| Target {
+        words: words.to_owned(),
+        value,
+        met: value.map(met),
+    };
+    let (none, bitmap, fleece) = (of(Method::Nothing), of(Method::Bitmap), of(Method::Fleece));
+    let tracking = none.zip(bitmap).map(|(none, bitmap)| bitmap.during.p99_us.median / none.during.p99_us.median);
+    let share = fleece.map(|m| m.rate_share.median);
+    let others = [Method::QemuFleece, Method::Push, Method::PushSlow, Method::Overlay, Method::Lvm];
+    let best = others.iter().filter_map(|m| Some(of(*m)?.rate_share.median)).max_by(f64::total_cmp);
+    vec![
+        target("tracking only: p99 of writes beside none, at most 1.10", tracking, |v| v <= 1.10),
+        target("a full, reader unbounded: rate beside before, at least 0.50", share, |v| v >= 0.50),
+        target(
+            "the same: in multiples of the best of the others, at least 1.00",
+            share.zip(best).filter(|(_, best)| *best > 0.0).map(|(share, best)| share / best),
+            |v| v >= 1.0,
+        ),
+        target(
+            "writes to what is acknowledged: cost beside before, at most 1.10",
+            of(Method::Acknowledged).map(|m| m.rate_share.median).filter(|share| *share > 0.0).map(|s| 1.0 / s),
+            |v| v <= 1.10,
+        ),
+    ]
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A run whose guest got so much done during the backup, and twice as much of 100 before it.
+    pub fn run(method: &'static str, round: u32, during: f64) -> Run {
+        let figures = |per_second: f64, p99_us: f64| Figures {
+            seconds: 1.0,
+            operations: per_second as u64,
+            per_second,
+            mib_per_second: per_second / 256.0,
+            write: Some(Latency { p50_us: p99_us / 2.0, p99_us, p999_us: p99_us, max_us: p99_us * 2.0 }),
+            read: None,
+        };
+        let point = |at_s| Point { at_s, per_second: during, p99_us: 100.0, max_us: 200.0 };
+        Run {
+            workload: Workload::Random.name(),
+            method,
+            round,
+            before: figures(100.0, 1000.0),
+            during: figures(during, 1100.0),
+            after: figures(100.0, 1000.0),
+            backup: Backup { took_s: 1.0, finished: round == 1, read_bytes: 1, copied_bytes: None },
+            failed_requests: 0,
+            course: [-0.2, -0.1, 0.1, 0.2].map(point).to_vec(),
+        }
+    }
+
+    #[test]
+    fn rounds_are_summed_up_by_method() {
+        let runs = [run("none", 1, 100.0), run("fleece", 1, 60.0), run("fleece", 2, 40.0), run("fleece", 3, 55.0)];
+        let gap = (Workload::Random, Method::Push, "failed".to_owned());
+        let methods = [Method::Fleece, Method::Push];
+        let all = summaries(&[Workload::Random], &methods, &runs, std::slice::from_ref(&gap));
+        let fleece = all[0].measured.unwrap();
+        assert_eq!((all[0].rounds, fleece.finished, &all[0].not_measured), (3, 1, &None));
+        assert_eq!(fleece.rate_share, Spread { median: 0.55, least: 0.4, most: 0.6 });
+        assert!((fleece.p99_times.median - 1.1).abs() < 1e-9);
+        assert_eq!((all[1].rounds, &all[1].measured, &all[1].not_measured), (0, &None, &Some(gap.2)));
+    }
+
+    #[test]
+    fn what_was_not_measured_meets_and_misses_nothing() {
+        let runs = [run("none", 1, 100.0), run("bitmap", 1, 99.0), run("fleece", 1, 60.0), run("push", 1, 80.0)];
+        let of = |methods: &[Method]| targets(&summaries(&[Workload::Random], methods, &runs, &[]));
+        assert!(of(&[]).iter().all(|t| t.value.is_none() && t.met.is_none()));
+        let met: Vec<_> = of(&Method::ALL).iter().map(|t| t.met).collect();
+        assert_eq!(met, [Some(true), Some(true), Some(false), None]);
+    }
+}
