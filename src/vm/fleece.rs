@@ -11,9 +11,10 @@
 //! Order, and what a crash leaves after each step (all of it found by name or debt, see [`undo`](super::undo)):
 //!
 //! 1. **Prepare**, guest running: scratch node, helper node with the bitmap `need`, the next bitmap on the disk.
-//! 2. **Instant**: the guest is made [`quiet`](super::quiet); with more than one disk it is stopped, too, for no longer than
-//!    a lease (the guardian owes it `cont`). The bitmap so far is merged into `need`, the filter is made (limited to
-//!    `need`), and put above the disk. Old bitmaps are disabled.
+//! 2. **Instant**: the guest is made [`quiet`](super::quiet). The bitmap so far is merged into `need`, and the filter is made
+//!    (limited to `need`). With more than one disk the guest is stopped now, for no longer than a lease (the guardian owes it
+//!    `cont`), and disks that were written to since are done anew. The filters are put above the disks, old bitmaps
+//!    are disabled.
 //! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
 //!    instant, could not be read back, and the instant is taken again; the third time without a limit.
 //! 4. **Harvest**: the old bitmap is merged into one on the helper node, read ([`harvest`](super::harvest)), and given to the log.
@@ -70,6 +71,8 @@ pub struct FleeceDisk {
     pub plan: Plan,
     index: usize,
     limited: bool,
+    /// Set while a limited filter stands: what the bitmap that it was limited to counted.
+    limited_at: Option<Option<u64>>,
 }
 
 /// A fleece that is being opened, or open.
@@ -97,7 +100,7 @@ impl Fleece {
     pub async fn open(bench: Bench, plans: Vec<Plan>, chunk_bytes: u64, quiet: &mut Quiet) -> Result<Self, Failure> {
         let disks = plans.into_iter().enumerate().map(|(index, plan)| {
             let limited = plan.sealed.is_some();
-            FleeceDisk { plan, index, limited }
+            FleeceDisk { plan, index, limited, limited_at: None }
         });
         let disks = disks.collect();
         let (instant, stopped) = (Timestamp::UNIX_EPOCH, Duration::ZERO);
@@ -229,6 +232,8 @@ impl Fleece {
     }
 
     async fn stop_and_insert(&mut self, monitor: &Monitor, mut guardian: Guardian) -> Result<(), Failure> {
+        // With the guest running; once it stands still, only disks that were written to meanwhile need it again.
+        self.limit().await.map_err(qemu_failed)?;
         let debts = Debts::new(&self.bench.sockets);
         debts.owe(Debt::Cont).map_err(internal)?;
         guardian.owe(Debt::Cont, &debts.path(Debt::Cont)).map_err(internal)?;
@@ -249,17 +254,39 @@ impl Fleece {
         resumed.map(drop).map_err(qemu_failed)
     }
 
+    /// Makes the limited filters, each anew whose disk was written to since. A bitmap that counts as much as before is the
+    /// same: bits are only ever set in it.
+    async fn limit(&mut self) -> Result<(), MonitorError> {
+        let Bench { monitor, names, .. } = self.bench.clone();
+        let limited: Vec<_> =
+            (0..self.disks.len()).filter(|i| self.disks[*i].has_filter() && self.disks[*i].limited).collect();
+        if limited.is_empty() {
+            return Ok(());
+        }
+        // Before the merges: what is written between is counted the next time.
+        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+        for i in limited {
+            let (node, head) = (self.disks[i].plan.disk.node.clone(), self.current(i));
+            let now = head.and_then(|head| count(&nodes, &node, &names.since(head)));
+            if self.disks[i].limited_at == Some(now) {
+                continue;
+            }
+            if self.disks[i].limited_at.take().is_some() {
+                // Only with the guest stopped, which flushed the image: deleting a filter does so too.
+                monitor.raw("blockdev-del", json!({"node-name": names.filter(i)})).await?;
+            }
+            if let Some(head) = head {
+                merge(&monitor, (&names.helper(i), "need"), &[(&node, &names.since(head))]).await?;
+            }
+            self.add_filter(i).await?;
+            self.disks[i].limited_at = Some(now);
+        }
+        Ok(())
+    }
+
     async fn insert(&mut self) -> Result<(), MonitorError> {
         let Bench { monitor, names, .. } = self.bench.clone();
-        for i in 0..self.disks.len() {
-            if self.disks[i].has_filter() && self.disks[i].limited {
-                let disk = &self.disks[i].plan;
-                if let Some(head) = self.current(i) {
-                    merge(&monitor, (&names.helper(i), "need"), &[(&disk.disk.node, &names.since(head))]).await?;
-                }
-                self.add_filter(i).await?;
-            }
-        }
+        self.limit().await?;
         fault::point("fleece.filter");
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() {
@@ -351,7 +378,7 @@ impl Fleece {
             monitor.raw("qom-set", back).await.map_err(qemu_failed)?;
             undo::sync_image(&monitor, &found.node).await;
             monitor.raw("blockdev-del", json!({"node-name": names.filter(disk.index)})).await.map_err(qemu_failed)?;
-            disk.limited &= limit_again;
+            (disk.limited, disk.limited_at) = (disk.limited && limit_again, None);
         }
         Ok(())
     }
