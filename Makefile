@@ -37,7 +37,7 @@ bench: cargo ## measure (release): the parts, then all of it beside QEMU's own m
 	$(MAKE) --no-print-directory bench-throughput
 	$(MAKE) --no-print-directory bench-write-overhead
 
-bench-throughput: cargo ## only the latter (about 10 minutes); writes bench/RESULTS.md
+bench-throughput: cargo ## only the latter (about 15 minutes); writes bench/RESULTS.md
 	tests/setup.sh --packages
 	$(CARGO) build --release --locked
 	bench/throughput.py

@@ -15,6 +15,9 @@ SCATTERED = max(1, DATA * 100 // 3072)
 TARGET = os.environ.get("CARGO_TARGET_DIR") or os.path.join(os.path.dirname(HERE), "target")
 PROGRAM = os.environ.get("LIVEBACKUP") or os.path.join(TARGET, "release", "livebackup")
 
+# What QEMU's own jobs took where the bars in seconds were set: the same bars as ratios, for machines of another speed.
+JOB_CPU_PER_GIB, DIRTY_JOB_SECONDS, DIRTY_JOB_CPU = 1.15, 0.26, 0.23
+
 # ---- the measurements ------------------------------------------------------------------------------------------------
 class Bench:
     def __init__(self, work, only):
@@ -115,6 +118,38 @@ def copy_exports(b, machine, what, payload, argv):
     for path in filter(os.path.exists, files):
         os.unlink(path)
 
+def deduplicators(b, machine, payload):
+    """restic and borg, fed with the disks by nbdcopy: all of them, and again with nothing changed. livebackup's scan of the
+    unchanged disks beside them: it has the repository's last point and no bitmap. A few minutes, so once only."""
+    path, repo = f"{b.work}/nbd", f"{b.work}/dedup"
+    os.environ.update(RESTIC_PASSWORD="bench", XDG_CACHE_HOME=f"{b.work}/cache", BORG_BASE_DIR=f"{b.work}/borg", BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK="yes")
+    tools = {
+        "restic": (["restic", "init", "-q", "-r", repo], "restic -q -r {repo} backup --stdin --stdin-filename {disk}"),
+        "borg": (["borg", "init", "-e", "none", repo], "borg create --compression zstd,1 {repo}::{disk}-{which} -"),
+    }
+    for tool, (init, command) in tools.items():
+        if not shutil.which(tool):
+            b.notes.append(f"{tool} was not run: it is not installed")
+            continue
+        b.quiet(*init)
+        machine.nbd(path)
+        for which in ("full", "unchanged"):
+            pipes = [["bash", "-o", "pipefail", "-c", f"nbdcopy 'nbd+unix:///{d}?socket={path}' - | " + command.format(repo=repo, disk=d, which=which)] for d, _, _ in machine.disks]
+            b.record(f"{which}, {tool}", payload, lambda: (b.command(*pipes, machine=machine), [repo]))
+        machine.nbd(None)
+        shutil.rmtree(repo, ignore_errors=True)
+    b.quiet(PROGRAM, "init", repo)
+    b.quiet(PROGRAM, "--json", "backup", f"qmp:{machine.monitor}", repo, *b.state)
+    mine, b.state = b.state, ["--state", f"{b.work}/state-of-another", "--scratch", f"{b.work}/scratch"]
+    b.quiet(PROGRAM, "detach", f"qmp:{machine.monitor}", *mine)
+    def scan():
+        cost, paths = b.backup(machine, repo)
+        return cost, paths
+    b.record("unchanged, livebackup by scan", payload, scan)
+    b.quiet(PROGRAM, "detach", f"qmp:{machine.monitor}", *b.state)
+    b.state = mine
+    shutil.rmtree(repo)
+
 def one_run(b, run, small, big, extents):
     w, payload = b.work, DATA
     full = f"{w}/full"  # kept: the source of restore and verify
@@ -130,6 +165,9 @@ def one_run(b, run, small, big, extents):
     ]
     for i in range(len(ways)):
         ways[(i + 3 * run) % len(ways)]()
+
+    if run == 0:
+        deduplicators(b, small, payload)
 
     # Restore and verify: of a full that is as the disks were before any of the writes below.
     references = [f"{w}/reference-{d}.qcow2" for d, _, _ in small.disks]
@@ -226,6 +264,7 @@ def bars(results, zstd_mib):
         here = lambda limit: None if over else limit
         none, default = f"full, livebackup{over}, none", f"full, livebackup{over}, default"
         bar(f"full, none{over}: CPU-s/GiB, QEMU's included", per_gib(none), here(1.3))
+        bar(f"full, none{over}: CPU-s beside QEMU's job", ratio(per_gib(none), per_gib(job)), here(1.3 / JOB_CPU_PER_GIB))
         bar(f"full, none{over}: rate beside QEMU's job", ratio(seconds(job), seconds(none)), 0.8, False)
         bar(f"full, default{over}: CPU-s/GiB, QEMU's included", per_gib(default), here(3.5))
         bar(f"full, default{over}: MiB/s", ratio(DATA, seconds(default)), 300, False, "{:.0f}")
@@ -233,11 +272,16 @@ def bars(results, zstd_mib):
         one, tera = f"incremental, livebackup{over}, 4 + 2 GiB", f"incremental, livebackup{over}, 1 TiB"
         bar(f"incremental{over}: seconds", seconds(one), 0.6)
         bar(f"incremental{over}: CPU-s, QEMU's included", statistics.median(map(total_cpu, results[one])) if one in results else None, here(0.5))
-        bar(f"incremental{over}: seconds beside QEMU's job", ratio(seconds(one), seconds("incremental, QEMU job to qcow2")), None)
+        dirty = "incremental, QEMU job to qcow2"
+        cpu = lambda what: statistics.median(map(total_cpu, results[what])) if what in results else None
+        bar(f"incremental{over}: seconds beside QEMU's job", ratio(seconds(one), seconds(dirty)), here(0.6 / DIRTY_JOB_SECONDS))
+        bar(f"incremental{over}: CPU-s beside QEMU's job", ratio(cpu(one), cpu(dirty)), here(0.5 / DIRTY_JOB_CPU))
         bar(f"incremental{over}: seconds more at 1 TiB", seconds(tera) - seconds(one) if seconds(tera) and seconds(one) else None, 1.0)
     restore, convert = seconds("restore, livebackup"), seconds("restore, qemu-img convert")
     bar("restore: MiB/s", ratio(DATA, restore), 400, False, "{:.0f}")
     bar("restore: rate beside qemu-img convert", ratio(convert, restore), 1.0, False)
+    scanned, again = results.get("unchanged, livebackup by scan"), results.get("unchanged, restic")
+    bar("unchanged disks, by scan: CPU-s beside restic's", ratio(total_cpu(scanned[0]), total_cpu(again[0])) if scanned and again else None, 0.1, form="{:.3f}")
     for key, who in (("rss", "client or tool"), ("server_rss", "server")):
         peaks = [(c.get(key) or 0, what) for what, costs in results.items() for c in costs if "livebackup" in what or what == "verify"]
         peak = max(peaks, default=(None, ""))

@@ -192,6 +192,8 @@ impl Guest {
         qemu.qmp("cont", json!({}));
         let mut guest = Guest { qemu, shell, disks: disks.to_vec() };
         assert_eq!(guest.sh("echo up"), "up\n", "{}", guest.console());
+        // The agent starts in the background.
+        drop(Agent::connect(&guest.agent()));
         guest
     }
 
