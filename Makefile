@@ -35,6 +35,7 @@ bench: cargo ## measure (release): the parts, then all of it beside QEMU's own m
 	tests/setup.sh --packages
 	$(CARGO) bench --locked --benches
 	$(MAKE) --no-print-directory bench-throughput
+	bench/tracking.py
 	$(MAKE) --no-print-directory bench-write-overhead
 
 bench-throughput: cargo ## only the latter (about 15 minutes); writes bench/RESULTS.md
