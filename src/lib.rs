@@ -35,7 +35,7 @@
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
 //! area machine grade impact pki
-//! block direct durable extent fault limits partition units
+//! block codec direct durable extent fault limits partition units
 //! ```
 
 pub mod agent;
@@ -44,6 +44,7 @@ pub mod backup;
 pub mod block;
 pub mod checkpoint;
 pub mod cli;
+pub mod codec;
 pub mod direct;
 pub mod durable;
 pub mod extent;

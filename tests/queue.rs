@@ -68,6 +68,7 @@ async fn read_to_end(mut session: Session) -> Vec<u8> {
             }
             Event::Zero { extent, .. } => image[extent.offset_bytes as usize..extent.end() as usize].fill(0),
             Event::Sent => {}
+            Event::Packed { .. } => panic!("nobody asked for compression"),
             Event::Same { .. } => panic!("nobody asked for a comparison"),
             Event::End(_) => return image,
         }

@@ -73,6 +73,7 @@ async fn session_of(token: Token, proxy: &Proxy, sizes: [u64; 2]) -> Result<[Vec
                 (disk, extent)
             }
             Event::Sent => continue,
+            Event::Packed { .. } => panic!("nobody asked for compression"),
             Event::Same { .. } => panic!("nobody asked for a comparison"),
             Event::End(_) => return Ok(images),
         };

@@ -67,6 +67,8 @@ impl Bench {
         let mut command = livebackup();
         command.args(["--json", "--tls", self.server.pki.bundle("backup1").to_str().unwrap(), "backup"]);
         command.arg(format!("livebackup://{}/real", self.proxy.address)).arg(self.repo()).args(more);
+        // It is killed after so many bytes have come.
+        command.args(["--wire-compression", "none"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use livebackup::codec::{Codec, Packed, Piece};
 use livebackup::extent::Extent;
 use livebackup::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
 use livebackup::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
@@ -23,6 +24,12 @@ fn bytes_of(frame: &Encoded) -> Vec<u8> {
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+/// Two pieces of three and four bytes that stand for a chunk each.
+fn packed() -> Packed {
+    let pieces = vec![Piece { len: 3, codec: Codec::Zstd }, Piece { len: 4, codec: Codec::Raw }];
+    Packed::new(65540, pieces, Bytes::from_static(b"abcdefg")).unwrap()
 }
 
 /// What a reader makes of these bytes, handed to it in pieces of these lengths (over and over).
@@ -77,6 +84,11 @@ fn frames_are_these_bytes() {
     assert_eq!(digests[12..28], *b"\x02\x01\0\0\x03\0\0\0\x05\x04\x03\0\0\0\0\0");
     assert_eq!(digests[28..], [[0; 32], [0xff; 32], [7; 32]].concat());
 
+    let sent = bytes_of(&Encoded::packed(0x0102, 0x0304_0506_0708, &packed()).unwrap());
+    assert_eq!(sent[..8], [87, 0, 0, 0, 7, 0, 0, 0]);
+    assert_eq!(sent[12..28], *b"\x02\x01\x02\x00\x04\x00\x01\x00\x08\x07\x06\x05\x04\x03\x00\x00");
+    assert_eq!(sent[28..], [&b"\x03\0\0\x01\x04\0\0\x00"[..], &[0; 56], b"abcdefg"].concat());
+
     assert_eq!(bytes_of(&Encoded::alive())[..8], [0, 0, 0, 0, 4, 0, 0, 0]);
     let control = bytes_of(&Encoded::control(&"x", 10).unwrap());
     assert_eq!((&control[..8], &control[12..]), (&[3, 0, 0, 0, 1, 0, 0, 0][..], &b"\"x\""[..]));
@@ -129,6 +141,17 @@ fn a_bad_frame_is_an_error_of_its_kind() {
     assert_eq!(with(&zero, 19, &[1]), FrameError::Reserved);
     assert!(matches!(with(&zero, 28, &0u64.to_le_bytes()), FrameError::Extent { .. }));
     assert!(matches!(with(&zero, 28, &u64::MAX.to_le_bytes()), FrameError::Extent { .. }));
+    let sent = bytes_of(&Encoded::packed(1, 65536, &packed()).unwrap());
+    assert_eq!(with(&sent, 14, &17u16.to_le_bytes()), FrameError::Pieces);
+    assert_eq!(with(&sent, 14, &1u16.to_le_bytes()), FrameError::Reserved);
+    assert_eq!(with(&sent, 14, &3u16.to_le_bytes()), FrameError::Pieces);
+    assert_eq!(with(&sent, 31, &[3]), FrameError::Codec(3));
+    assert_eq!(with(&sent, 36, &[1]), FrameError::Reserved);
+    assert_eq!(with(&sent, 28, &[0]), FrameError::Pieces);
+    assert!(matches!(with(&sent, 28, &[4]), FrameError::Length { .. }));
+    assert_eq!(with(&sent, 16, &6u32.to_le_bytes()), FrameError::Pieces);
+    assert!(matches!(with(&sent, 16, &(MAX_READ_BYTES as u32 + 1).to_le_bytes()), FrameError::Length { .. }));
+    assert!(matches!(with(&sent, 20, &u64::MAX.to_le_bytes()), FrameError::Extent { .. }));
     let some = Digests { disk: 1, first_chunk: 5, digests: vec![ChunkDigest::ZERO; 2] };
     let none = Digests { digests: vec![], ..some.clone() };
     let [some, none] = [some, none].map(|digests| bytes_of(&Encoded::digests(&digests).unwrap()));
@@ -147,6 +170,7 @@ fn a_turned_bit_or_a_cut_is_noticed_wherever_it_is() {
     let frames = [
         Encoded::control(&"message", 100).unwrap(),
         Encoded::data(1, 65536, Bytes::from_static(b"some bytes of a disk")).unwrap(),
+        Encoded::packed(1, 65536, &packed()).unwrap(),
         Encoded::zero(2, Extent::new(0, 1 << 30)).unwrap(),
         Encoded::same(2, Extent::new(0, 1 << 30)).unwrap(),
         Encoded::digests(&Digests { disk: 2, first_chunk: 9, digests: vec![ChunkDigest::UNKNOWN; 2] }).unwrap(),
@@ -178,6 +202,16 @@ fn a_frame() -> impl Strategy<Value = Frame> {
                 Frame::Data(Place { disk, extent: Extent::new(offset, len as u64) }, bytes.into())
             }
         ),
+        (any::<u16>(), 0..MAX_DISK_BYTES / 2, prop::collection::vec((1u32..9000, 0u8..3), 1..17)).prop_map(
+            |(disk, offset, pieces)| {
+                let piece = |(len, codec): &(u32, u8)| Piece { len: *len, codec: Codec::from_byte(*codec).unwrap() };
+                let pieces: Vec<_> = pieces.iter().map(piece).collect();
+                let sum = pieces.iter().map(|piece| piece.len).sum::<u32>();
+                let bytes: Vec<u8> = (0..sum).map(|i| (i as u8).wrapping_mul(31)).collect();
+                let place = Place { disk, extent: Extent::new(offset, (sum + 5).into()) };
+                Frame::Packed(place, Packed::new(sum + 5, pieces, bytes.into()).unwrap())
+            }
+        ),
         (any::<u16>(), 0..MAX_DISK_BYTES / 2, 1..MAX_DISK_BYTES / 2)
             .prop_map(|(disk, offset, len)| Frame::Zero(Place { disk, extent: Extent::new(offset, len) })),
         (any::<u16>(), 0..MAX_DISK_BYTES / 2, 1..MAX_DISK_BYTES / 2)
@@ -197,6 +231,7 @@ fn encode(frame: &Frame) -> Encoded {
             Encoded::control(&text, MAX_REQUEST_BYTES).unwrap()
         }
         Frame::Data(place, bytes) => Encoded::data(place.disk, place.extent.offset_bytes, bytes.clone()).unwrap(),
+        Frame::Packed(place, packed) => Encoded::packed(place.disk, place.extent.offset_bytes, packed).unwrap(),
         Frame::Zero(place) => Encoded::zero(place.disk, place.extent).unwrap(),
         Frame::Same(place) => Encoded::same(place.disk, place.extent).unwrap(),
         Frame::Digests(digests) => Encoded::digests(digests).unwrap(),

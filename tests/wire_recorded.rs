@@ -14,8 +14,9 @@ use std::time::Duration;
 use livebackup::extent::Extent;
 use livebackup::wire::frame::MAX_REPLY_BYTES;
 use livebackup::wire::message::*;
+use livebackup::wire::packing::{How, Packing, Wanted};
 use livebackup::wire::reader::{Frame, FrameReader};
-use livebackup::wire::{Answer, Client, Stream, Timing, serve_connection};
+use livebackup::wire::{Answer, Client, Stream, Timing, serve_packing};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
@@ -43,7 +44,10 @@ async fn todays_client_understands_the_first_server() {
     assert_eq!((vms[0].vm.as_str(), vms[0].state.as_str()), ("vm", "running"));
     let Reply::Status { vms } = client.request(Request::Status { vm: None }).await.unwrap() else { panic!() };
     assert_eq!(vms[0].session.as_ref().unwrap().sent_bytes, 5);
-    let begin = Begin { vm: "vm".into(), chunk_bytes: 65536, checkpoint: true, wait: true, ..Begin::default() };
+    // A client of today asks for compression; a server that does not know of that sends data.
+    let compression = Some(Wanted { how: Some(How::Zstd), level: 1 });
+    let begin =
+        Begin { vm: "vm".into(), chunk_bytes: 65536, checkpoint: true, wait: true, compression, ..Begin::default() };
     let mut session = client.begin(begin).await.unwrap();
     assert_eq!(session.begun.disks[0].disk.size_bytes, 262_656);
     let mut image = vec![0xaa; 262_656];
@@ -54,6 +58,7 @@ async fn todays_client_understands_the_first_server() {
             }
             Event::Zero { extent, .. } => image[extent.offset_bytes as usize..extent.end() as usize].fill(0),
             Event::Sent => {}
+            Event::Packed { .. } => panic!("this server does not know how to compress"),
             Event::Same { .. } => panic!("nobody asked for a comparison"),
             Event::End(totals) => {
                 assert_eq!((totals.data_bytes, totals.zero_bytes), (131_584, 131_072));
@@ -104,7 +109,9 @@ async fn todays_server_understands_the_first_client() {
                 }
             }
         };
-        serve_connection(Stream::new(far, "recorded"), Timing::default(), handler).await
+        // One that would compress all that it sends does not, for a client that knows nothing of it.
+        let packing = Packing::new(How::Zstd, 1);
+        serve_packing(Stream::new(far, "recorded"), Timing::default(), packing, handler).await
     });
     // It asks one thing at a time, so what it sent is played in its own steps: hello, two requests, the begin.
     let mut cuts = vec![];

@@ -13,11 +13,10 @@ use livebackup::extent::Extent;
 use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::frame::{Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
-use livebackup::wire::hello;
 use livebackup::wire::message::*;
 use livebackup::wire::reader::{Frame, FrameReader};
 use livebackup::wire::writer::FrameWriter;
-use livebackup::wire::{Address, Answer, Client, Stream, Timing, serve_connection};
+use livebackup::wire::{Address, Answer, Client, Stream, Timing, hello, serve_connection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -458,6 +457,7 @@ async fn session_of(begun: &Begun, bytes: &[u8]) -> Result<(Session, DuplexStrea
 fn bytes_of(events: &[Event]) -> Vec<u8> {
     let frames = events.iter().map(|event| match event.clone() {
         Event::Data { disk, offset_bytes, bytes } => Encoded::data(disk, offset_bytes, bytes).unwrap(),
+        Event::Packed { disk, offset_bytes, packed } => Encoded::packed(disk, offset_bytes, &packed).unwrap(),
         Event::Zero { disk, extent } => Encoded::zero(disk, extent).unwrap(),
         Event::Same { disk, extent } => Encoded::same(disk, extent).unwrap(),
         Event::Sent => Encoded::control(&Reply::Sent, 1000).unwrap(),

@@ -133,6 +133,7 @@ fn report(stored: &Stored, manifest: &Manifest) -> Report {
         left_out: manifest.left_out.iter().map(left_out).collect(),
         size_bytes: manifest.totals.size_bytes,
         read_bytes: manifest.totals.read_bytes,
+        wire_bytes: stored.head.over_a_connection.then_some(stored.wire_bytes),
         new_bytes: stored.finished.disks.iter().map(|d| d.stats.new_bytes).sum(),
         stored_bytes: manifest.totals.stored_bytes,
         scratch_peak_bytes: stored.totals.scratch_peak_bytes,

@@ -37,6 +37,7 @@ use crate::repo::point::Manifest;
 use crate::repo::session_log::SessionLog;
 use crate::repo::{Compression, Repository};
 use crate::wire::message::{Begin, Estimated, Failure, FailureCode, Session};
+use crate::wire::packing::{How, Wanted};
 use crate::wire::rate::Limit;
 use crate::wire::resume::{Lasting, Token};
 
@@ -81,8 +82,10 @@ pub struct BackupOptions {
     pub budget: Budget,
     /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
     pub audit_permille: u32,
-    /// Most bytes of the VM's disks a second.
+    /// Most bytes a second that come, as they come.
     pub limit_rate: Option<u64>,
+    /// How data is compressed on its way here; as the server is configured when absent.
+    pub wire_compression: Option<How>,
 }
 
 impl Default for BackupOptions {
@@ -98,6 +101,7 @@ impl Default for BackupOptions {
             budget: Budget::default(),
             audit_permille: audit::DEFAULT_PERMILLE,
             limit_rate: None,
+            wire_compression: None,
         }
     }
 }
@@ -148,8 +152,19 @@ async fn choose(
         audit: None,
         resume: None,
         areas: Some(plan.areas()),
+        compression: sidecar.here().is_none().then(|| wanted(options)).flatten(),
     };
     Ok((plan, begin))
+}
+
+/// What is asked of a server: zstd at the level at which it would be stored.
+fn wanted(options: &BackupOptions) -> Option<Wanted> {
+    let level = match options.compression {
+        Compression::Zstd(level) => level,
+        Compression::None => 1,
+    };
+    let how = options.wire_compression;
+    (how != Some(How::None)).then_some(Wanted { how, level })
 }
 
 /// What a backup with these options would read. Changes nothing anywhere.
@@ -364,7 +379,7 @@ async fn store(
     let mut stored = stored.map_err(|error| Failed { error, plan: Some(plan) })?;
     fault::point("backup.stored");
     stored.warnings.append(&mut warnings);
-    stored.head = transfer::Head { vm, started, level: options.level, prepared, clock };
+    stored.head = transfer::Head { vm, started, level: options.level, prepared, clock, over_a_connection: !here };
     Ok(stored)
 }
 

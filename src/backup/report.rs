@@ -95,6 +95,8 @@ pub struct Report {
     pub size_bytes: u64,
     /// Bytes read from the VM.
     pub read_bytes: u64,
+    /// Data as it came over the connection, compressed or not; none from a sidecar in this process.
+    pub wire_bytes: Option<u64>,
     /// Bytes that the repository did not have.
     pub new_bytes: u64,
     /// Bytes added to the repository's packs, tree nodes included.

@@ -39,6 +39,7 @@ pub struct Head {
     pub level: LevelChoice,
     pub prepared: Duration,
     pub clock: Instant,
+    pub over_a_connection: bool,
 }
 
 impl Default for Head {
@@ -49,6 +50,7 @@ impl Default for Head {
             level: LevelChoice::Auto,
             prepared: Duration::ZERO,
             clock: Instant::now(),
+            over_a_connection: false,
         }
     }
 }
@@ -61,6 +63,8 @@ pub struct Stored {
     pub received: Vec<u64>,
     /// Of those, bytes that were the same.
     pub same: Vec<u64>,
+    /// Data as it came from the sidecar, compressed or not.
+    pub wire_bytes: u64,
     pub picked: BTreeMap<String, Picked>,
     pub plan: Plan,
     pub finished: Finished,
@@ -128,27 +132,47 @@ pub async fn run(
         };
         let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
-        let ((received, same), (files, warnings)) = tokio::try_join!(data, kept)?;
+        let (received, (files, warnings)) = tokio::try_join!(data, kept)?;
         fault::point("backup.sent");
         let transfer = clock.elapsed();
         // The rest is stored while the sidecar closes the fleece.
         let (finished, totals) = tokio::try_join!(writer.finish(), end(&mut events))?;
         let store = clock.elapsed() - transfer;
-        Ok::<_, BackupError>((received, same, files, warnings, finished, totals, transfer, store))
+        Ok::<_, BackupError>((received, files, warnings, finished, totals, transfer, store))
     };
-    let (received, same, files, warnings, finished, totals, transfer, store) = tokio::select! {
+    let (received, files, warnings, finished, totals, transfer, store) = tokio::select! {
         done = work => done,
         () = acknowledge(durable, &acks, disks) => Err(BackupError::Panicked),
         failed = give_always(digests, again, reader, &compared) => Err(failed),
     }
-    .map_err(|error| name_lost_base(error, &begun))?;
+    .map_err(|error| name_cause(error, &begun))?;
     let head = Head::default();
-    Ok(Stored { head, begun, received, same, picked, plan, finished, files, totals, warnings, transfer, store })
+    let Received { read: received, same, wire_bytes } = received;
+    Ok(Stored {
+        head,
+        begun,
+        received,
+        same,
+        wire_bytes,
+        picked,
+        plan,
+        finished,
+        files,
+        totals,
+        warnings,
+        transfer,
+        store,
+    })
 }
 
-/// Names the disk that cannot go on from its base.
-fn name_lost_base(error: BackupError, begun: &Begun) -> BackupError {
+/// Names the disk that cannot go on from its base, or the server that sent what cannot be stored.
+fn name_cause(error: BackupError, begun: &Begun) -> BackupError {
     let BackupError::Repository(source) = error else { return error };
+    if source.is_bad_piece() {
+        let what =
+            format!("the server sent compressed bytes that are not what it says: {source}; no restore point was made");
+        return Failure::new(FailureCode::Protocol, what).into();
+    }
     match source.base_lost().and_then(|index| begun.disks.get(index)) {
         Some(lost) => BackupError::BaseLost { disk: lost.disk.name.clone(), source },
         None => BackupError::Repository(source),
@@ -305,8 +329,17 @@ struct Inlet<'a> {
     limit: Option<Limit>,
 }
 
-/// Stores data until the session says that all was sent. Gives the bytes read of each disk, and those of them that were the
-/// same.
+/// What has come.
+struct Received {
+    /// Bytes read, of each disk.
+    read: Vec<u64>,
+    /// Of those, bytes that were the same.
+    same: Vec<u64>,
+    /// Data as it came, compressed or not.
+    wire_bytes: u64,
+}
+
+/// Stores data until the session says that all was sent.
 async fn receive(
     Inlet { events, acks, limit }: Inlet<'_>,
     writer: &Writer,
@@ -314,8 +347,9 @@ async fn receive(
     compared: &[Compared],
     replay: &mut Replay,
     progress: &mut impl FnMut(Progress),
-) -> Result<(Vec<u64>, Vec<u64>), BackupError> {
+) -> Result<Received, BackupError> {
     let mut count = Count::new(begun);
+    let mut wire_bytes = 0;
     let needed_bytes = begun.disks.iter().map(|d| d.needed_bytes).fold(0, u64::saturating_add);
     let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
     progress(so_far);
@@ -330,6 +364,18 @@ async fn receive(
                 if let Some(limit) = &limit {
                     limit.pass(len).await;
                 }
+                wire_bytes += len;
+                count.data(disk, extent);
+            }
+            Event::Packed { disk, offset_bytes, packed } => {
+                let extent = Extent { offset_bytes, len_bytes: packed.raw_len().into() };
+                let came = packed.bytes().len() as u64;
+                replay.before(writer, disk, extent, &mut count).await?;
+                writer.put_packed(DiskHandle(known(disk, &count.received)?), offset_bytes, packed).await?;
+                if let Some(limit) = &limit {
+                    limit.pass(came).await;
+                }
+                wire_bytes += came;
                 count.data(disk, extent);
             }
             Event::Zero { disk, extent } => {
@@ -369,7 +415,8 @@ async fn receive(
             )));
         }
     }
-    Ok(count.read())
+    let (read, same) = count.read();
+    Ok(Received { read, same, wire_bytes })
 }
 
 /// A disk of the session, and none of the files that are stored beside them.

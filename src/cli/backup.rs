@@ -24,6 +24,7 @@ use crate::repo::Compression;
 use crate::repo::point::Level;
 use crate::units::human_bytes;
 use crate::vm::{QuietOptions, VmOptions};
+use crate::wire::packing::How;
 
 #[derive(Debug, Args)]
 pub struct BackupArgs {
@@ -36,6 +37,10 @@ pub struct BackupArgs {
     /// How data is stored: none, zstd or zstd:LEVEL.
     #[arg(long, value_name = "HOW", value_parser = super::values::compression, default_value = "zstd:1")]
     compression: Compression,
+    /// How data is compressed on its way from a server: none, lz4, zstd or auto (zstd where that is faster). What comes as zstd
+    /// is stored as it came [default: as the server is configured].
+    #[arg(long, value_name = "HOW")]
+    wire_compression: Option<How>,
     /// In an incremental, have so many percent of the needed chunks confirmed beside them, of those that nobody is said to have
     /// written: finds out whether tracking can be believed. 0 for none; else 16 chunks of each disk at least.
     #[arg(long, value_name = "PERCENT", value_parser = super::values::percent, default_value = "1")]
@@ -47,7 +52,7 @@ pub struct BackupArgs {
     /// service's persistent_bitmaps.
     #[arg(long)]
     persistent_bitmaps: bool,
-    /// Take not more than so much a second of the VM's disks (20MiB, 500KiB): for a line, or a disk, that others use as well.
+    /// Take not more than so much a second, as it comes over the line (20MiB, 500KiB): for a line that others use as well.
     #[arg(long, value_name = "SIZE", value_parser = super::values::rate)]
     limit_rate: Option<u64>,
     #[command(flatten)]
@@ -210,9 +215,13 @@ impl fmt::Display for BackupReport {
         for reason in &report.evidence.reasons {
             writeln!(f, "note: {reason}")?;
         }
+        let wire = match report.wire_bytes {
+            Some(bytes) => format!(", {} over the line", human_bytes(bytes)),
+            None => String::new(),
+        };
         writeln!(
             f,
-            "{} of {}: {}, {} {read}, {} stored, {:.2} s{frozen}{stopped}; {}-consistent point {}",
+            "{} of {}: {}, {} {read}{wire}, {} stored, {:.2} s{frozen}{stopped}; {}-consistent point {}",
             level_name(report.level),
             report.vm,
             count(report.disks.len(), "disk"),
@@ -241,8 +250,17 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     }
     let (compression, freeze, audit_permille) = (args.compression, args.quiet.freeze, args.audit);
     let (wait, budget, limit_rate) = (!args.no_wait, args.budget.budget(), args.limit_rate);
-    let options =
-        BackupOptions { limit_rate, compression, freeze, audit_permille, budget, hooks, wait, ..args.what.options() };
+    let options = BackupOptions {
+        limit_rate,
+        compression,
+        wire_compression: args.wire_compression,
+        freeze,
+        audit_permille,
+        budget,
+        hooks,
+        wait,
+        ..args.what.options()
+    };
     let mut meter = Meter::new(context.output);
     let show = |progress: backup::Progress| {
         let doing = match progress.phase {

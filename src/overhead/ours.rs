@@ -65,6 +65,7 @@ async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, Over
     while let Ok(event) = timeout_at(deadline.into(), session.events.recv()).await {
         let extent = match event {
             Some(Ok(Event::Data { offset_bytes, bytes, .. })) => Extent::new(offset_bytes, bytes.len() as u64),
+            Some(Ok(Event::Packed { offset_bytes, packed, .. })) => Extent::new(offset_bytes, packed.raw_len().into()),
             Some(Ok(Event::Zero { extent, .. } | Event::Same { extent, .. })) => extent,
             Some(Ok(Event::Sent)) => continue,
             Some(Ok(Event::End(totals))) => {

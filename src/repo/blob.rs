@@ -5,15 +5,8 @@ use crate::repo::digest::Digest;
 use crate::repo::error::FormatError;
 use crate::repo::fields::u32_at;
 
-/// How a blob's bytes are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Codec {
-    /// As they are.
-    Raw = 0,
-    /// One zstd frame.
-    Zstd = 1,
-}
+/// How a blob's bytes are stored: raw or zstd. Lz4 is for the wire alone.
+pub use crate::codec::Codec;
 
 /// Where a blob lies in its pack, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

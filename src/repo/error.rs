@@ -129,6 +129,16 @@ pub enum RepoError {
         /// Why.
         source: Box<RepoError>,
     },
+    /// Compressed bytes that were to be stored are not what they are said to be.
+    #[error("the piece at {offset_bytes} of disk {disk} {reason}")]
+    BadPiece {
+        /// The writer's number of the disk.
+        disk: usize,
+        /// Where it belongs.
+        offset_bytes: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Another backup of the same VM is running.
     #[error("another backup of {vm:?} into this repository is running: {holder}; wait for it or end it")]
     VmBusy {
@@ -195,6 +205,17 @@ impl RepoError {
             Self::BaseLost { disk, .. } => Some(*disk),
             Self::Failed(error) => error.base_lost(),
             _ => None,
+        }
+    }
+}
+
+impl RepoError {
+    /// Whether who gave the writer its bytes is at fault.
+    pub fn is_bad_piece(&self) -> bool {
+        match self {
+            Self::BadPiece { .. } => true,
+            Self::Failed(error) => error.is_bad_piece(),
+            _ => false,
         }
     }
 }

@@ -210,6 +210,7 @@ pub fn decode_blob(
             Ok(len) => return Err(FormatError::bad(format!("it decompresses to {len} bytes, not {}", out.len()))),
             Err(error) => return Err(FormatError::bad(format!("it does not decompress: {error}"))),
         },
+        Codec::Lz4 => return Err(FormatError::bad("a repository holds no lz4")),
     }
     check_blob(digest, out)
 }

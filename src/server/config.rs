@@ -7,6 +7,8 @@
 //! scratch_budget = "20 GiB"        # may be left out
 //! max_sessions = 8                 # backups at once; further ones wait; may be left out
 //! limit_rate = "100 MiB"           # most that all sessions together send a second; may be left out
+//! wire_compression = "auto"        # of what is sent over TCP: "none", "lz4", "zstd" or "auto", see `wire::packing`; a client may
+//!                                  # ask for something else; may be left out
 //! resume_grace_s = 60              # how long a backup whose client was lost is held for it; 0: not at all; may be left out
 //! unix_group = "backup"            # who may use a unix socket besides root and the server's own user
 //!
@@ -79,6 +81,7 @@ use crate::units::{GIB, KIB, MIB};
 use crate::vm::{Exclusive, PowerOff, QuietOptions};
 use crate::wire::Address as WireAddress;
 use crate::wire::message::Failure;
+use crate::wire::packing::How;
 use crate::wire::rate::MIN_SHARED_RATE;
 use crate::wire::resume::{DEFAULT_GRACE, MAX_GRACE};
 use crate::wire::tls::TlsFiles;
@@ -107,6 +110,8 @@ pub struct Config {
     pub max_sessions: usize,
     /// Most bytes that all sessions together send a second.
     pub limit_rate: Option<u64>,
+    /// How data is compressed over TCP unless a client says otherwise.
+    pub wire_compression: How,
     /// How long the session of a client whose connection was lost is held for it.
     pub resume_grace: Duration,
     /// State directory, if the file names one.
@@ -153,6 +158,7 @@ struct File {
     max_sessions: Option<usize>,
     resume_grace_s: Option<u64>,
     limit_rate: Option<String>,
+    wire_compression: Option<String>,
     state: Option<PathBuf>,
     scratch: Option<PathBuf>,
     scratch_budget: Option<String>,
@@ -347,6 +353,7 @@ impl Config {
                 "limit_rate is at least \"1 MiB\" a second: slower, its clients would be taken for stuck".into()
             );
         }
+        let wire_compression = file.wire_compression.as_deref().map_or(Ok(How::Auto), str::parse)?;
         let budget = file.scratch_budget.as_deref().map(parse_size).transpose()?;
         Ok(Self {
             listen: listen?,
@@ -356,6 +363,7 @@ impl Config {
             max_sessions,
             resume_grace,
             limit_rate,
+            wire_compression,
             state: file.state,
             scratch: file.scratch,
             scratch_budget_bytes: budget,
@@ -466,6 +474,7 @@ mod tests {
             (good.replace("monitor", "monitr"), "monitr"),
             ("listen = \"unix:/x\"".into(), "names no VM"),
             (format!("limit_rate = \"1023 KiB\"\n{good}"), "at least"),
+            (format!("wire_compression = \"gzip\"\n{good}"), "lz4"),
             (format!("resume_grace_s = 3601\n{good}"), "from 0 to 3600"),
             (format!("{good}freeze_lease_s = 61\n"), "from 1 to 60"),
             (format!("{good}freeze = \"maybe\"\n"), "maybe"),

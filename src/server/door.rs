@@ -38,6 +38,13 @@ pub enum Incoming {
     Unix(UnixStream, String),
 }
 
+impl Incoming {
+    /// Whether it came over TCP.
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+}
+
 /// Lets in who may come in.
 #[derive(Debug)]
 pub struct Door {

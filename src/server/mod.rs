@@ -18,8 +18,9 @@ use tokio::task::JoinSet;
 use crate::block::BoxFuture;
 use crate::vm::VmOptions;
 use crate::wire::message::{Failure, FailureCode};
+use crate::wire::packing::{How, Packing};
 use crate::wire::rate::Limit;
-use crate::wire::{Address, Timing, serve_connection};
+use crate::wire::{Address, Timing, serve_packing};
 
 mod config;
 mod door;
@@ -98,11 +99,31 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
     for address in listeners.iter().filter_map(Listener::address) {
         tracing::info!("listening at {address}");
     }
-    let limit = config.limit_rate.map(Limit::new);
-    answer_clients(door, service, &listeners, limit, &mut stop).await;
+    let line = Outgoing {
+        limit: config.limit_rate.map(Limit::new),
+        packing: Packing::default(),
+        tcp: config.wire_compression,
+    };
+    answer_clients(door, service, &listeners, line, &mut stop).await;
     tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
     while keepers.join_next().await.is_some() {}
     Ok(())
+}
+
+/// What goes for all that is sent.
+#[derive(Clone)]
+struct Outgoing {
+    limit: Option<Limit>,
+    packing: Packing,
+    /// How data is compressed over TCP.
+    tcp: How,
+}
+
+impl Outgoing {
+    /// For unix sockets.
+    fn unlimited() -> Self {
+        Self { limit: None, packing: Packing::default(), tcp: How::None }
+    }
 }
 
 /// Answers whoever comes, until it is asked to stop; then nobody is answered any more.
@@ -110,7 +131,7 @@ async fn answer_clients(
     door: Arc<Door>,
     service: Service,
     listeners: &[Listener],
-    limit: Option<Limit>,
+    line: Outgoing,
     stop: &mut watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
@@ -118,7 +139,7 @@ async fn answer_clients(
         tokio::select! {
             incoming = accept(listeners) => match incoming {
                 Ok(incoming) if connections.len() < MAX_CONNECTIONS => {
-                    connections.spawn(converse(door.clone(), service.clone(), incoming, limit.clone()));
+                    connections.spawn(converse(door.clone(), service.clone(), incoming, line.clone()));
                 }
                 Ok(_) => tracing::warn!("a connection was refused: {MAX_CONNECTIONS} are open"),
                 Err(e) => {
@@ -140,20 +161,21 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 }
 
 /// A connection, from the door to its end.
-async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, limit: Option<Limit>) {
+async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, line: Outgoing) {
     let timing = Timing::default();
+    let packing = line.packing.by_default(if incoming.is_tcp() { line.tcp } else { How::None });
     let admitted = door.admit(incoming, timing.hello).await;
     let admitted = admitted.and_then(|(stream, caller)| Ok((stream, door.place(&caller)?, caller)));
     match admitted {
         Err(failure) => tracing::warn!("{failure}"),
         Ok((stream, _place, caller)) => {
             let (service, caller) = (&service, &caller);
-            let stream = match limit {
+            let stream = match line.limit {
                 Some(limit) => stream.limited(limit),
                 None => stream,
             };
             // What went wrong is logged where it was seen.
-            let _ = serve_connection(stream, timing, |request| service.answer(caller, request)).await;
+            let _ = serve_packing(stream, timing, packing, |request| service.answer(caller, request)).await;
         }
     }
 }

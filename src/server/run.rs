@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::door::Door;
 use super::listen::Listener;
 use super::service::{Service, State};
-use super::{answer_clients, bad};
+use super::{Outgoing, answer_clients, bad};
 use crate::durable;
 use crate::monitor::{Address, Monitor, Process};
 use crate::vm::{AttachError, Parting, PowerOff, Vm, VmOptions, place};
@@ -255,7 +255,7 @@ async fn tend(
     let service = Service::new(1, DEFAULT_GRACE);
     service.set(vm.name(), State::Attached(vm.clone()));
     let clients = tokio::spawn(async move {
-        answer_clients(Arc::new(Door::private()), service, &[listener], None, &mut closed).await;
+        answer_clients(Arc::new(Door::private()), service, &[listener], Outgoing::unlimited(), &mut closed).await;
     });
     let (end, ended) = oneshot::channel::<()>();
     let parting = async {

@@ -184,7 +184,7 @@ impl Client {
                         Reply::Resumable { grace_ms } => self.grace = Some(Duration::from_millis(grace_ms)),
                         reply => break reply,
                     },
-                    Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
+                    Some(Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
                         return Err(breach(&self.peer, "data without a session"));
                     }
                     None => return Err(closed(&self.peer)),
@@ -296,6 +296,10 @@ pub(super) fn place_of(event: &Event) -> Option<Place> {
     match event {
         Event::Data { disk, offset_bytes, bytes } => {
             let extent = Extent { offset_bytes: *offset_bytes, len_bytes: bytes.len() as u64 };
+            Some(Place { disk: *disk, extent })
+        }
+        Event::Packed { disk, offset_bytes, packed } => {
+            let extent = Extent { offset_bytes: *offset_bytes, len_bytes: packed.raw_len().into() };
             Some(Place { disk: *disk, extent })
         }
         Event::Zero { disk, extent } | Event::Same { disk, extent } => Some(Place { disk: *disk, extent: *extent }),

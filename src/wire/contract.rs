@@ -11,6 +11,7 @@ use super::digests::Digests;
 use super::frame::{MAX_ACK_EXTENTS, Place};
 use super::message::{Ack, Begin, Begun};
 use crate::area::MAX_AREAS;
+use crate::codec::Packed;
 use crate::extent::Extent;
 use crate::limits::{MAX_CHUNK_BYTES, MAX_DISK_BYTES, MAX_DISKS, MAX_NAME_BYTES, MIN_CHUNK_BYTES};
 use crate::machine::Taken;
@@ -70,6 +71,8 @@ fn is_aligned(extent: Extent, chunk_bytes: u64, size_bytes: u64) -> bool {
 #[derive(Debug)]
 pub struct Promise {
     chunk_bytes: u64,
+    /// Whether packed bytes were asked for.
+    packs: bool,
     disks: Vec<Promised>,
     sent: bool,
     /// All was said to be sent on an earlier connection.
@@ -124,7 +127,8 @@ impl Promise {
             }
             disks.push(Promised { size_bytes, next_bytes: 0, compared: scanned || one.audited_chunks > 0 });
         }
-        Ok(Self { chunk_bytes: begin.chunk_bytes.into(), disks, sent: false, was_sent: false })
+        let packs = begin.compression.is_some();
+        Ok(Self { chunk_bytes: begin.chunk_bytes.into(), packs, disks, sent: false, was_sent: false })
     }
 
     /// Checks that bytes may be said to be the same.
@@ -133,6 +137,19 @@ impl Promise {
         match self.disks.get(usize::from(place.disk)) {
             Some(disk) if disk.compared => Ok(()),
             _ => Err(format!("{} of disk {} as the same, which was not to be compared", place.extent, place.disk)),
+        }
+    }
+
+    /// Checks packed bytes, as far as they can be without unpacking them.
+    pub fn packed(&mut self, place: Place, packed: &Packed) -> Result<(), Breach> {
+        self.place(place)?;
+        let Place { disk, extent } = place;
+        if !self.packs {
+            return Err(format!("packed bytes of disk {disk}, which nobody asked for"));
+        }
+        match packed.is_in_chunks_of(self.chunk_bytes as u32) {
+            true => Ok(()),
+            false => Err(format!("{packed:?} as {extent} of disk {disk}, not in chunks of {}", self.chunk_bytes)),
         }
     }
 

@@ -14,15 +14,22 @@
 //! kind 4, alive     payload = nothing
 //! kind 5, digests   from a client; payload: see `digests`
 //! kind 6, same      payload as that of zero
+//! kind 7, packed    payload = disk u16 ‖ count u16 ‖ raw_len u32 ‖ offset u64 ‖ piece u32 × 16 ‖ bytes
+//!                   piece = len u24 ‖ codec u8     a chunk each, in order; those past count are 0
+//!                   codec 0: as it is. 1: a zstd frame. 2: an lz4 block. bytes: the pieces', one after the other
 //! ```
 //!
-//! Bounds: control at most 1 MiB from a client and 4 MiB from a server; data 1 to 2^20 bytes; an extent is not empty and
-//! ends at 2^56 at most. Kinds 5 and 6 come only where `Begin` and `Begun` agreed on a scan or an audit. Anything else, a reserved field that is not zero included, ends the connection.
+//! Bounds: control at most 1 MiB from a client and 4 MiB from a server; data 1 to 2^20 bytes, packed the same before and after;
+//! an extent is not empty and ends at 2^56 at most. Kinds 5 and 6 come only where `Begin` and `Begun` agreed on a scan or an
+//! audit, kind 7 only where `Begin` says that the client takes it. Anything else, a reserved field that is not zero included,
+//! ends the connection.
 //!
 //! Reasons. A checksum in every frame finds what TCP's 16 bits let through, at 10 GiB/s and more. The length is covered by
 //! the checksum but has to be used before that can be checked, so it has tight bounds by kind. A client's control
 //! frames are small (an Ack of [`MAX_ACK_EXTENTS`] extents is 250 KiB) and come from whoever can connect; a server's hold
-//! lists of machines with their chains of files. Bytes are not compressed: the repository does that, once.
+//! lists of machines with their chains of files. A packed frame has one piece a chunk, so that the repository can store what
+//! came as it came; its pieces have room for the most chunks that there can be, so that the length of what is read first does
+//! not depend on a peer.
 
 use bytes::Bytes;
 use crc32fast::Hasher;
@@ -30,6 +37,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::digests::{DIGEST_BYTES, DIGESTS_HEAD_BYTES, Digests, MAX_DIGESTS};
+use crate::codec::{Codec, MAX_PIECES, Packed, Piece};
 use crate::extent::Extent;
 use crate::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
 use crate::units::MIB;
@@ -40,6 +48,10 @@ pub const HEAD_BYTES: usize = 12;
 pub const DATA_HEAD_BYTES: usize = 16;
 /// Length of a zero frame's payload.
 pub const ZERO_BYTES: usize = 24;
+/// Length of what comes before the bytes in a packed frame's payload.
+pub const PACKED_HEAD_BYTES: usize = 16 + 4 * MAX_PIECES;
+/// Longest of the fixed parts.
+pub const MAX_FIXED_BYTES: usize = PACKED_HEAD_BYTES;
 /// Longest control payload that a server takes.
 pub const MAX_REQUEST_BYTES: u32 = MIB as u32;
 /// Longest control payload that a client takes.
@@ -49,6 +61,7 @@ pub const MAX_ACK_EXTENTS: usize = 4096;
 
 const CHECKED_BYTES: usize = 8;
 const MAX_DATA_PAYLOAD: u32 = MAX_READ_BYTES as u32 + DATA_HEAD_BYTES as u32;
+const MAX_PACKED_PAYLOAD: u32 = MAX_READ_BYTES as u32 + PACKED_HEAD_BYTES as u32;
 /// Longest JSON of an extent: two numbers of 20 digits and their names.
 const MAX_EXTENT_JSON: usize = 2 * 20 + r#"{"offset_bytes":,"len_bytes":},"#.len();
 
@@ -56,6 +69,8 @@ const _: () = assert!(MAX_ACK_EXTENTS * MAX_EXTENT_JSON + 256 <= MAX_REQUEST_BYT
 const MAX_DIGESTS_PAYLOAD: u32 = (DIGESTS_HEAD_BYTES + MAX_DIGESTS * DIGEST_BYTES) as u32;
 
 const _: () = assert!(CHECKED_BYTES + 4 == HEAD_BYTES);
+const _: () = assert!(MAX_READ_BYTES < 1 << 24, "a piece's length has 24 bits");
+const _: () = assert!(ZERO_BYTES <= MAX_FIXED_BYTES && DATA_HEAD_BYTES <= MAX_FIXED_BYTES);
 const _: () = assert!(DIGESTS_HEAD_BYTES <= ZERO_BYTES && MAX_DIGESTS * DIGEST_BYTES <= MAX_READ_BYTES as usize);
 
 /// Kinds of frames.
@@ -74,6 +89,8 @@ pub enum Kind {
     Digests = 5,
     /// Bytes of a disk that are as the client knows them.
     Same = 6,
+    /// Bytes of a disk, compressed chunk by chunk.
+    Packed = 7,
 }
 
 /// A frame that was not taken, or cannot be made.
@@ -115,6 +132,9 @@ pub enum FrameError {
         /// How many.
         count: u32,
     },
+    /// Pieces that contradict themselves.
+    #[error("packed bytes whose pieces contradict their frame")]
+    Pieces,
     /// A control payload that is no message.
     #[error("a control message that cannot be read: {0}")]
     Json(String),
@@ -144,6 +164,7 @@ impl Head {
             4 => Kind::Alive,
             5 => Kind::Digests,
             6 => Kind::Same,
+            7 => Kind::Packed,
             other => return Err(FrameError::Kind(other)),
         };
         if (flags, r0, r1) != (0, 0, 0) {
@@ -155,6 +176,7 @@ impl Head {
             Kind::Zero | Kind::Same => ZERO_BYTES as u32..=ZERO_BYTES as u32,
             Kind::Alive => 0..=0,
             Kind::Digests => DIGESTS_HEAD_BYTES as u32..=MAX_DIGESTS_PAYLOAD,
+            Kind::Packed => PACKED_HEAD_BYTES as u32 + 1..=MAX_PACKED_PAYLOAD,
         };
         if !allowed.contains(&payload_bytes) {
             return Err(FrameError::Length { kind, len_bytes: payload_bytes.into() });
@@ -170,6 +192,7 @@ impl Head {
             Kind::Data => DATA_HEAD_BYTES,
             Kind::Zero | Kind::Same => ZERO_BYTES,
             Kind::Digests => DIGESTS_HEAD_BYTES,
+            Kind::Packed => PACKED_HEAD_BYTES,
             Kind::Control | Kind::Alive => 0,
         }
     }
@@ -216,6 +239,35 @@ impl Place {
         Self::checked(u16::from_le_bytes([d0, d1]), offset, raw_len.into())
     }
 
+    /// Reads the fixed part of a packed frame's payload of `payload_bytes`: where its bytes belong, and the pieces, whose
+    /// bytes are the rest.
+    pub fn decode_packed(
+        fixed: &[u8; PACKED_HEAD_BYTES],
+        payload_bytes: u32,
+    ) -> Result<(Self, Vec<Piece>), FrameError> {
+        let [d0, d1, c0, c1, l0, l1, l2, l3, o0, o1, o2, o3, o4, o5, o6, o7, table @ ..] = *fixed;
+        let (count, raw_len) = (u16::from_le_bytes([c0, c1]), u32::from_le_bytes([l0, l1, l2, l3]));
+        let (table, _) = table.as_chunks::<4>();
+        let (used, unused) = table.split_at_checked(count.into()).ok_or(FrameError::Pieces)?;
+        if unused.iter().any(|piece| *piece != [0; 4]) {
+            return Err(FrameError::Reserved);
+        }
+        let mut pieces = Vec::with_capacity(used.len());
+        for [p0, p1, p2, codec] in used {
+            let codec = Codec::from_byte(*codec).ok_or(FrameError::Codec(*codec))?;
+            pieces.push(Piece { len: u32::from_le_bytes([*p0, *p1, *p2, 0]), codec });
+        }
+        let sum: u64 = pieces.iter().map(|piece| u64::from(piece.len)).sum();
+        if pieces.is_empty() || pieces.iter().any(|piece| piece.len == 0) || sum > raw_len.into() {
+            return Err(FrameError::Pieces);
+        }
+        if u64::from(raw_len) > MAX_READ_BYTES || sum + PACKED_HEAD_BYTES as u64 != u64::from(payload_bytes) {
+            return Err(FrameError::Length { kind: Kind::Packed, len_bytes: payload_bytes.into() });
+        }
+        let offset = u64::from_le_bytes([o0, o1, o2, o3, o4, o5, o6, o7]);
+        Ok((Self::checked(u16::from_le_bytes([d0, d1]), offset, raw_len.into())?, pieces))
+    }
+
     /// Reads the payload of a zero or same frame.
     pub fn decode_zero(fixed: &[u8; ZERO_BYTES]) -> Result<Self, FrameError> {
         let [d0, d1, r0, r1, r2, r3, r4, r5, rest @ ..] = *fixed;
@@ -238,7 +290,7 @@ pub fn decode_control<T: DeserializeOwned>(payload: &[u8]) -> Result<T, FrameErr
 /// A frame to be sent: its first bytes, and the rest as it came, never copied.
 #[derive(Clone, Debug)]
 pub struct Encoded {
-    head: [u8; HEAD_BYTES + ZERO_BYTES],
+    head: [u8; HEAD_BYTES + MAX_FIXED_BYTES],
     head_len: usize,
     body: Bytes,
 }
@@ -246,7 +298,7 @@ pub struct Encoded {
 impl Encoded {
     fn new(kind: Kind, fixed: &[u8], body: Bytes) -> Self {
         let payload_bytes = (fixed.len() + body.len()) as u32;
-        let mut head = [0; HEAD_BYTES + ZERO_BYTES];
+        let mut head = [0; HEAD_BYTES + MAX_FIXED_BYTES];
         head[..4].copy_from_slice(&payload_bytes.to_le_bytes());
         head[4] = kind as u8;
         head[HEAD_BYTES..HEAD_BYTES + fixed.len()].copy_from_slice(fixed);
@@ -279,6 +331,21 @@ impl Encoded {
         fixed[4..12].copy_from_slice(&offset_bytes.to_le_bytes());
         fixed[12..].copy_from_slice(&(len_bytes as u32).to_le_bytes());
         Ok(Self::new(Kind::Data, &fixed, bytes))
+    }
+
+    /// A packed frame.
+    pub fn packed(disk: u16, offset_bytes: u64, packed: &Packed) -> Result<Self, FrameError> {
+        let mut fixed = [0; PACKED_HEAD_BYTES];
+        fixed[..2].copy_from_slice(&disk.to_le_bytes());
+        fixed[2..4].copy_from_slice(&(packed.pieces().len() as u16).to_le_bytes());
+        fixed[4..8].copy_from_slice(&packed.raw_len().to_le_bytes());
+        fixed[8..16].copy_from_slice(&offset_bytes.to_le_bytes());
+        for (piece, out) in packed.pieces().iter().zip(fixed[16..].as_chunks_mut::<4>().0) {
+            *out = (piece.len | (piece.codec as u32) << 24).to_le_bytes();
+        }
+        let payload_bytes = PACKED_HEAD_BYTES as u32 + packed.bytes().len() as u32;
+        Place::decode_packed(&fixed, payload_bytes)?;
+        Ok(Self::new(Kind::Packed, &fixed, packed.bytes().clone()))
     }
 
     /// A zero frame.

@@ -1,7 +1,11 @@
 //! What fuzzing runs: any bytes as what a peer sends, to either end. Must neither panic nor hang, whatever they are.
 
-use super::frame::{DATA_HEAD_BYTES, HEAD_BYTES, Head, Kind, MAX_REPLY_BYTES, Place, ZERO_BYTES, decode_control};
+use super::frame::{
+    DATA_HEAD_BYTES, HEAD_BYTES, Head, Kind, MAX_REPLY_BYTES, PACKED_HEAD_BYTES, Place, ZERO_BYTES, decode_control,
+};
 use super::message::{Reply, Request};
+use crate::codec::{Packed, Unpacker};
+use crate::limits::MIN_CHUNK_BYTES;
 
 /// Frames one behind the other. A wrong checksum is passed over: behind it is what a peer may send on purpose.
 pub fn frames(bytes: &[u8]) {
@@ -20,6 +24,7 @@ pub fn frames(bytes: &[u8]) {
                     assert_eq!(place.extent.len_bytes as usize, payload.len() - DATA_HEAD_BYTES);
                 }
             }
+            Kind::Packed => packed(payload),
             Kind::Zero | Kind::Same => {
                 let _ = payload.first_chunk::<ZERO_BYTES>().map(Place::decode_zero);
             }
@@ -29,9 +34,30 @@ pub fn frames(bytes: &[u8]) {
     }
 }
 
+/// A packed payload, as far as a client goes with it: to the chunks themselves.
+fn packed(payload: &[u8]) {
+    let Some((fixed, bytes)) = payload.split_first_chunk::<PACKED_HEAD_BYTES>() else { return };
+    let Ok((place, pieces)) = Place::decode_packed(fixed, payload.len() as u32) else { return };
+    let Some(packed) = Packed::new(place.extent.len_bytes as u32, pieces, bytes.to_vec().into()) else {
+        panic!("what the frame allows can be had");
+    };
+    if !packed.is_in_chunks_of(MIN_CHUNK_BYTES) {
+        return;
+    }
+    let Ok(mut unpacker) = Unpacker::new() else { return };
+    let (mut at, mut left) = (0, packed.raw_len() as usize);
+    for piece in packed.pieces() {
+        let mut out = vec![0; left.min(MIN_CHUNK_BYTES as usize)];
+        let _ = unpacker.unpack(piece.codec, &bytes[at..at + piece.len as usize], &mut out);
+        (at, left) = (at + piece.len as usize, left - out.len());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::{Codec, Packer};
+    use crate::wire::frame::Encoded;
     use proptest::prelude::*;
 
     /// A frame of this kind; its checksum is not looked at.
@@ -52,9 +78,18 @@ mod tests {
             let failed = br#"{"reply":"failed","code":"busy","message":"m"}"#;
             let data = [&[0; 12][..], &[4, 0, 0, 0], b"abcd"].concat();
             let zero = [&[0; 16][..], &[0, 0, 1, 0, 0, 0, 0, 0]].concat();
+            let packed = |codec| {
+                let raw: Vec<u8> = (0..70_000u32).map(|i| (i / 999) as u8).collect();
+                let mut into = vec![0; raw.len()];
+                let (pieces, used) =
+                    Packer::new(1).unwrap().pack_all(codec, &raw, MIN_CHUNK_BYTES as usize, &mut into).unwrap();
+                let packed = Packed::new(raw.len() as u32, pieces, into[..used].to_vec().into()).unwrap();
+                let frame = Encoded::packed(0, 65536, &packed).unwrap();
+                [frame.head(), frame.body()].concat()
+            };
             let mut bytes = [
                 frame(Kind::Control, request), frame(Kind::Data, &data), frame(Kind::Zero, &zero),
-                frame(Kind::Alive, b""), frame(Kind::Control, failed),
+                packed(Codec::Zstd), packed(Codec::Lz4), frame(Kind::Alive, b""), frame(Kind::Control, failed),
             ].concat();
             frames(&bytes);
             for (at, value) in changes {

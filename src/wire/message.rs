@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::digests::{ChunkDigest, Digests};
+use super::packing::Wanted;
 use super::resume::{Lasting, Resume, Token};
 use crate::area::Areas;
+use crate::codec::Packed;
 use crate::extent::Extent;
 use crate::grade::{Evidence, Policy};
 use crate::impact::{Budget, DiskImpact};
@@ -113,6 +115,9 @@ pub struct Begin {
     /// the client knows nothing of areas that are left out: then none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub areas: Option<BTreeMap<String, KnownAreas>>,
+    /// The client takes packed frames. Absent of one that does not know them, or wants none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Wanted>,
 }
 
 /// What a client lacks of a disk, and where that was found.
@@ -504,6 +509,16 @@ pub enum Event {
         offset_bytes: u64,
         /// The bytes. May be lent shared memory: dropping it lets the reader go on.
         bytes: Bytes,
+    },
+    /// The same, compressed chunk by chunk; only where the client said that it takes that, and never from a sidecar in this
+    /// process. The pieces are those of the extent's chunks; what is in them nobody has looked at.
+    Packed {
+        /// Index of the disk.
+        disk: u16,
+        /// Where.
+        offset_bytes: u64,
+        /// The bytes.
+        packed: Packed,
     },
     /// These bytes of a disk are zero. Aligned as data is; of any length.
     Zero {

@@ -8,7 +8,7 @@
 //!                            ◄─────────    Reply::Disks, …   one request at a time, as many as one likes
 //!   Request::Begin           ─────────►
 //!                            ◄─────────    Reply::Begun      the instant is behind us
-//!                            ◄─────────    Data, Zero, Same … as fast as the client reads
+//!                            ◄─────────    Data, Packed, Zero, Same … as fast as the client reads
 //!   Digests …                ─────────►                      of disks that are scanned, as fast as the sidecar reads
 //!   Request::Ack …           ─────────►                      at any time, no answer
 //!                            ◄─────────    Reply::Sent
@@ -30,6 +30,7 @@ pub mod fuzz;
 pub mod hello;
 pub mod link;
 pub mod message;
+pub mod packing;
 pub mod pool;
 pub mod rate;
 pub mod reader;
@@ -41,4 +42,4 @@ pub mod writer;
 
 pub use client::{Address, Client, Door};
 pub use link::{Stream, Timing};
-pub use server::{Answer, serve_connection};
+pub use server::{Answer, serve_connection, serve_packing};

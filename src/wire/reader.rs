@@ -12,9 +12,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, BufReader};
 use tokio::time::{Instant, timeout_at};
 
 use super::digests::Digests;
-use super::frame::{FrameError, HEAD_BYTES, Head, Kind, Place, ZERO_BYTES};
+use super::frame::{FrameError, HEAD_BYTES, Head, Kind, MAX_FIXED_BYTES, Place, ZERO_BYTES};
 use super::link::LinkError;
 use super::pool::{Buffer, Pool};
+use crate::codec::{Packed, Piece};
 
 /// A frame that arrived whole.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +24,8 @@ pub enum Frame {
     Control(Vec<u8>),
     /// Bytes of a disk.
     Data(Place, Bytes),
+    /// Bytes of a disk, compressed; not unpacked yet.
+    Packed(Place, Packed),
     /// Zeroes of a disk.
     Zero(Place),
     /// Bytes of a disk that are as the client knows them.
@@ -55,7 +58,7 @@ pub struct FrameReader {
 struct Open {
     head: Head,
     hasher: Hasher,
-    fixed: [u8; ZERO_BYTES],
+    fixed: [u8; MAX_FIXED_BYTES],
     fixed_have: usize,
     rest: Rest,
     rest_have: usize,
@@ -65,6 +68,7 @@ enum Rest {
     None,
     Control(Vec<u8>),
     Data(Place, Buffer),
+    Packed(Place, Vec<Piece>, Buffer),
     Digests(Digests, Buffer),
 }
 
@@ -153,9 +157,14 @@ async fn hear(
     Ok(n)
 }
 
+/// The payload of a zero or same frame.
+fn zero(fixed: &[u8; MAX_FIXED_BYTES]) -> &[u8; ZERO_BYTES] {
+    fixed.first_chunk().expect("the longest fixed part has room for any")
+}
+
 /// A batch of digests that has none: nothing made room for its rest.
-fn empty_batch(fixed: &[u8; ZERO_BYTES], payload_bytes: u32) -> Result<Digests, FrameError> {
-    let head = fixed.first_chunk().expect("a head of digests is shorter than a zero payload");
+fn empty_batch(fixed: &[u8; MAX_FIXED_BYTES], payload_bytes: u32) -> Result<Digests, FrameError> {
+    let head = fixed.first_chunk().expect("the longest fixed part has room for any");
     match Digests::decode_head(head)? {
         (batch, 0) => Ok(batch),
         _ => Err(FrameError::Length { kind: Kind::Digests, len_bytes: payload_bytes.into() }),
@@ -166,7 +175,7 @@ impl Open {
     fn new(head: &[u8; HEAD_BYTES], max_control_bytes: u32) -> Result<Self, FrameError> {
         let (head, hasher) = Head::decode(head, max_control_bytes)?;
         let rest = if head.kind == Kind::Control { Rest::Control(Vec::new()) } else { Rest::None };
-        Ok(Self { head, hasher, fixed: [0; ZERO_BYTES], fixed_have: 0, rest, rest_have: 0 })
+        Ok(Self { head, hasher, fixed: [0; MAX_FIXED_BYTES], fixed_have: 0, rest, rest_have: 0 })
     }
 
     fn rest_bytes(&self) -> usize {
@@ -190,7 +199,7 @@ impl Open {
                 }
             }
             Rest::None if self.head.kind == Kind::Digests => {
-                let fixed = self.fixed.first_chunk().expect("a head of digests is shorter than a zero payload");
+                let fixed = self.fixed.first_chunk().expect("the longest fixed part has room for any");
                 let (batch, len) = Digests::decode_head(fixed)?;
                 if len != rest_bytes {
                     let len_bytes = self.head.payload_bytes.into();
@@ -198,12 +207,16 @@ impl Open {
                 }
                 self.rest = Rest::Digests(batch, pool.take(rest_bytes));
             }
+            Rest::None if self.head.kind == Kind::Packed => {
+                let (place, pieces) = Place::decode_packed(&self.fixed, self.head.payload_bytes)?;
+                self.rest = Rest::Packed(place, pieces, pool.take(rest_bytes));
+            }
             Rest::None => {
-                let fixed = self.fixed.first_chunk().expect("a data head is shorter than a zero payload");
+                let fixed = self.fixed.first_chunk().expect("the longest fixed part has room for any");
                 let place = Place::decode_data(fixed, self.head.payload_bytes)?;
                 self.rest = Rest::Data(place, pool.take(rest_bytes));
             }
-            Rest::Data(..) | Rest::Digests(..) => {}
+            Rest::Data(..) | Rest::Packed(..) | Rest::Digests(..) => {}
         }
         Ok(())
     }
@@ -216,7 +229,9 @@ impl Open {
         }
         match &mut self.rest {
             Rest::Control(json) => &mut json[self.rest_have..],
-            Rest::Data(_, buffer) | Rest::Digests(_, buffer) => &mut buffer.bytes_mut()[self.rest_have..],
+            Rest::Data(_, buffer) | Rest::Packed(_, _, buffer) | Rest::Digests(_, buffer) => {
+                &mut buffer.bytes_mut()[self.rest_have..]
+            }
             Rest::None => &mut [],
         }
     }
@@ -238,10 +253,14 @@ impl Open {
         Ok(match (self.head.kind, self.rest) {
             (_, Rest::Control(json)) => Frame::Control(json),
             (_, Rest::Data(place, buffer)) => Frame::Data(place, buffer.freeze()),
+            (_, Rest::Packed(place, pieces, buffer)) => {
+                let packed = Packed::new(place.extent.len_bytes as u32, pieces, buffer.freeze());
+                Frame::Packed(place, packed.ok_or(FrameError::Pieces)?)
+            }
             (_, Rest::Digests(batch, buffer)) => Frame::Digests(batch.with(buffer.as_ref())),
             (Kind::Digests, Rest::None) => Frame::Digests(empty_batch(&self.fixed, self.head.payload_bytes)?),
-            (Kind::Same, Rest::None) => Frame::Same(Place::decode_zero(&self.fixed)?),
-            (Kind::Zero, Rest::None) => Frame::Zero(Place::decode_zero(&self.fixed)?),
+            (Kind::Same, Rest::None) => Frame::Same(Place::decode_zero(zero(&self.fixed))?),
+            (Kind::Zero, Rest::None) => Frame::Zero(Place::decode_zero(zero(&self.fixed))?),
             (_, Rest::None) => Frame::Alive,
         })
     }

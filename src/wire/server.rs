@@ -24,6 +24,7 @@ use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 use super::hello;
 use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
+use super::packing::{Outgoing, Packing, Spent};
 use super::reader::{Frame, FrameReader};
 use super::resume::{Attachment, Lasting, Word};
 use super::writer::FrameWriter;
@@ -66,8 +67,20 @@ where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
 {
+    serve_packing(stream, timing, Packing::default(), handler).await
+}
+
+/// [`serve_connection`], with the workers that compress for all connections.
+///
+/// # Errors
+/// As [`serve_connection`].
+pub async fn serve_packing<H, F>(stream: Stream, timing: Timing, packing: Packing, handler: H) -> Result<(), Failure>
+where
+    H: FnMut(Request) -> F,
+    F: Future<Output = Result<Answer, Failure>>,
+{
     let peer = stream.peer().to_owned();
-    let outcome = converse(stream, timing, handler).await;
+    let outcome = converse(stream, timing, packing, handler).await;
     match &outcome {
         Ok(()) => tracing::debug!(peer, "the connection ended"),
         Err(failure) => tracing::warn!(peer, "the connection was closed: {failure}"),
@@ -75,7 +88,7 @@ where
     outcome
 }
 
-async fn converse<H, F>(mut stream: Stream, timing: Timing, mut handler: H) -> Result<(), Failure>
+async fn converse<H, F>(mut stream: Stream, timing: Timing, packing: Packing, mut handler: H) -> Result<(), Failure>
 where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
@@ -86,6 +99,7 @@ where
         reader: FrameReader::new(reader, peer.clone(), MAX_REQUEST_BYTES, timing.silence),
         writer: FrameWriter::new(writer, peer.clone()),
         timing,
+        packing,
         peer,
     };
     let outcome = connection.requests(&mut handler).await;
@@ -99,6 +113,7 @@ struct Connection {
     reader: FrameReader,
     writer: FrameWriter,
     timing: Timing,
+    packing: Packing,
     peer: String,
 }
 
@@ -146,7 +161,7 @@ impl Connection {
         match frame {
             Frame::Control(json) => frame::decode_control(&json).map_err(|e| self.breach(&e.to_string())),
             Frame::Digests(_) => Err(self.breach("digests without a scan")),
-            Frame::Data(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Alive => {
+            Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Alive => {
                 Err(self.breach("data, which only a server sends"))
             }
         }
@@ -223,11 +238,12 @@ impl Connection {
         let until = until.unwrap_or_else(|| Instant::now() + self.timing.session);
         let reply = Reply::Begun(Box::new(begun));
         self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
-        let Self { reader, writer, timing, peer } = self;
+        let Self { reader, writer, timing, packing, peer } = self;
+        let mut outgoing = Outgoing::new(packing, begin.compression, begin.chunk_bytes);
         let to_sidecar = ToSidecar { acks: &to_sidecar, words, digests };
         tokio::select! {
             pumped = async {
-                let pumped = pump(writer, &mut events, acks, timing, peer).await;
+                let pumped = pump(writer, (&mut events, &mut outgoing), acks, timing, peer).await;
                 if matches!(pumped, Err(Ended::Lost(_))) {
                     // It cannot be written to, but what it said last may still be here to be read.
                     sleep(LAST_WORDS).await;
@@ -329,14 +345,20 @@ async fn replacement(replaced: Option<oneshot::Receiver<()>>) {
 /// Writes events as they come, several at once when they are small, until the last one is written.
 async fn pump(
     writer: &mut FrameWriter,
-    events: &mut mpsc::Receiver<Result<Event, Failure>>,
+    (events, outgoing): (&mut mpsc::Receiver<Result<Event, Failure>>, &mut Outgoing),
     acks: &Acks,
     timing: &Timing,
     peer: &str,
 ) -> Result<(), Ended> {
+    let mut spent = Spent::default();
     loop {
+        let start = Instant::now();
         write_out(writer, timing, peer).await?;
-        let Ok(first) = timeout(timing.alive_every, events.recv()).await else {
+        let written = Instant::now();
+        let first = timeout(timing.alive_every, outgoing.next(events)).await;
+        (spent.writing, spent.waiting) = (written - start, written.elapsed());
+        outgoing.measured(std::mem::take(&mut spent));
+        let Ok(first) = first else {
             writer.push(Encoded::alive());
             continue;
         };
@@ -348,6 +370,9 @@ async fn pump(
                     if matches!(event, Event::Sent) {
                         acks.all_sent();
                     }
+                    if let (Event::Data { .. } | Event::Packed { .. }, Some(place)) = (&event, place_of(&event)) {
+                        spent.disk_bytes += place.extent.len_bytes;
+                    }
                     push_event(writer, event, acks)?;
                     if last {
                         acks.over();
@@ -357,7 +382,7 @@ async fn pump(
                 Some(Err(failure)) => return Err(failure.into()),
                 None => return Err(internal("the sidecar gave the session up without saying why").into()),
             }
-            next = if writer.is_full() { None } else { events.try_recv().ok().map(Some) };
+            next = if writer.is_full() { None } else { outgoing.try_next(events) };
         }
     }
 }
@@ -379,6 +404,7 @@ fn push_event(writer: &mut FrameWriter, event: Event, acks: &Acks) -> Result<(),
     }
     let frame = match event {
         Event::Data { disk, offset_bytes, bytes } => Encoded::data(disk, offset_bytes, bytes),
+        Event::Packed { disk, offset_bytes, packed } => Encoded::packed(disk, offset_bytes, &packed),
         Event::Zero { disk, extent } => Encoded::zero(disk, extent),
         Event::Same { disk, extent } => Encoded::same(disk, extent),
         Event::Sent => Encoded::control(&Reply::Sent, MAX_REPLY_BYTES),
@@ -444,7 +470,7 @@ async fn take(
                 reader.resume();
                 taken.map(|()| true)
             }
-            Ok(Some(Frame::Data(..) | Frame::Zero(_) | Frame::Same(_))) => {
+            Ok(Some(Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_))) => {
                 Err("data, which only a server sends".to_owned())
             }
             // A client may close as soon as it has the end, before the pump knows that it was written.

@@ -247,6 +247,10 @@ async fn try_read_events(
                 promise.place(place).map_err(broke)?;
                 Event::Data { disk: place.disk, offset_bytes: place.extent.offset_bytes, bytes }
             }
+            Some(Frame::Packed(place, packed)) => {
+                promise.packed(place, &packed).map_err(broke)?;
+                Event::Packed { disk: place.disk, offset_bytes: place.extent.offset_bytes, packed }
+            }
             Some(Frame::Zero(place)) => {
                 promise.place(place).map_err(broke)?;
                 Event::Zero { disk: place.disk, extent: place.extent }
@@ -308,13 +312,13 @@ async fn write_all(
                 Some(Ok(frame)) => writer.push(frame),
                 Some(Err(error)) => tracing::error!(%error, "digests cannot be sent"),
                 None => digesting = false,
-            },
-            () = notified(confirm) => push(writer, &Request::Received),
-            () = sleep(timing.alive_every) => writer.push(Encoded::alive()),
-        }
         if let Err(error) = writer.flush().await {
             tracing::debug!(%error, "cannot acknowledge");
             std::future::pending().await
+        }
+            },
+            () = notified(confirm) => push(writer, &Request::Received),
+            () = sleep(timing.alive_every) => writer.push(Encoded::alive()),
         }
     }
 }

@@ -76,6 +76,7 @@ pub async fn apply(mut session: Session, image: &mut [u8], mut meanwhile: impl F
                 image[extent.offset_bytes as usize..extent.end() as usize].fill(0);
                 (extent.offset_bytes, extent.len_bytes)
             }
+            Event::Packed { .. } => panic!("nobody asked for compression"),
             Event::Same { .. } => panic!("no digests were given"),
             Event::Sent => continue,
             Event::End(totals) => return (session.begun.disks[0].checkpoint.unwrap(), totals.clone()),

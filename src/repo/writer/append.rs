@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use crate::repo::blob::Codec;
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::pack::PackKind;
@@ -13,7 +12,7 @@ use crate::repo::tree::Image;
 use crate::repo::writer::flush::ToFlush;
 use crate::repo::writer::shared::Shared;
 use crate::repo::writer::trees;
-use crate::repo::writer::work::{Chunk, Done, Outcome, Place};
+use crate::repo::writer::work::{Chunk, Done, From, Outcome, Place};
 use crate::repo::writer::{DiskStats, FinishedDisk};
 use crate::units::PackId;
 
@@ -80,11 +79,11 @@ impl Appender<'_> {
             self.stats.resize(disk + 1, DiskStats::default());
         }
         match done.outcome {
-            Outcome::Data { chunks, bytes, packed } => {
-                let pack = self.store(disk, &chunks, &bytes, &packed)?;
+            Outcome::Data { chunks, given, made } => {
+                let pack = self.store(disk, &chunks, &given, &made)?;
                 self.stats[disk].data_bytes += done.extent.len_bytes;
                 // The bytes are in the file: let the source and the next puts have the room.
-                drop((bytes, packed, done.permit));
+                drop((given, made, done.permit));
                 let digests: Vec<_> = chunks.into_iter().map(|chunk| chunk.digest).collect();
                 let record = || encode_digests(done.disk.0, first_chunk, &digests);
                 self.shared.durable_with(pack, done.disk, done.extent, record)?;
@@ -111,7 +110,7 @@ impl Appender<'_> {
     }
 
     /// Appends what is new. Returns the number of the pack with which all of it is durable.
-    fn store(&mut self, disk: usize, chunks: &[Chunk], bytes: &[u8], packed: &[u8]) -> Result<u64, RepoError> {
+    fn store(&mut self, disk: usize, chunks: &[Chunk], given: &[u8], made: &[u8]) -> Result<u64, RepoError> {
         let current = self.sealed + 1;
         let mut durable_with = 0;
         let mut pieces: Vec<&[u8]> = Vec::with_capacity(chunks.len());
@@ -128,8 +127,8 @@ impl Appender<'_> {
                     durable_with = durable_with.max(self.shared.claims.pack(&chunk.digest));
                     continue;
                 }
-                Place::Raw { at } => (&bytes[at..at + chunk.raw_len], Codec::Raw),
-                Place::Zstd { at, len } => (&packed[at..at + len], Codec::Zstd),
+                Place::New { from: From::Given, at, len, codec } => (&given[at..at + len], codec),
+                Place::New { from: From::Made, at, len, codec } => (&made[at..at + len], codec),
             };
             if !self.shared.claims.append(&chunk.digest, current) {
                 durable_with = durable_with.max(self.shared.claims.pack(&chunk.digest));

@@ -29,6 +29,7 @@ use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::codec::Packed;
 use crate::extent::Extent;
 use crate::limits::{MAX_DISKS, MAX_READ_BYTES};
 use crate::repo::digest::Digest;
@@ -235,6 +236,15 @@ impl Writer {
         self.submit(Some(disk), extent, What::Data(bytes), permit)
     }
 
+    /// [`Writer::put`] of chunks that are compressed already, one piece each. They are unpacked to be hashed, and stored as they
+    /// came, unless the repository does not hold their codec or nothing is to be compressed. What does not unpack to exactly
+    /// its chunk is [`RepoError::BadPiece`] of a later call.
+    pub async fn put_packed(&self, disk: DiskHandle, offset_bytes: u64, packed: Packed) -> Result<(), RepoError> {
+        let permit = self.permit(packed.raw_len()).await?;
+        let extent = Extent::checked(offset_bytes, packed.raw_len().into());
+        self.submit(Some(disk), extent, What::Packed(packed), permit)
+    }
+
     /// [`Writer::put`] for a thread that may block.
     pub fn put_blocking(&self, disk: DiskHandle, offset_bytes: u64, bytes: Bytes) -> Result<(), RepoError> {
         shared::block_on(self.put(disk, offset_bytes, bytes))
@@ -334,6 +344,13 @@ impl Writer {
             if extent.offset_bytes < *next || !extent.fits(image.size_bytes) {
                 let size = image.size_bytes;
                 return Err(RepoError::Refused(format!("{extent} came out of order: {next}..{size} are left")));
+            }
+            if let What::Packed(packed) = &what
+                && !packed.is_in_chunks_of(chunk_bytes)
+            {
+                return Err(RepoError::Refused(format!(
+                    "{packed:?} are not the chunks of {chunk_bytes} bytes of {extent}"
+                )));
             }
             *next = extent.end();
         }

@@ -1,4 +1,5 @@
-//! Workers: zero check, hash, look-up, compression.
+//! Workers: zero check, hash, look-up, compression. What comes compressed is unpacked into a buffer of the thread, to be
+//! hashed, and stored as it came.
 
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
@@ -6,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::codec::{self, Codec, Packed, Unpacker, packed_room};
 use crate::extent::Extent;
 use crate::limits::MAX_READ_BYTES;
 use crate::repo::digest::Digest;
@@ -15,6 +17,8 @@ use crate::repo::writer::{Compression, DiskHandle};
 
 pub(super) enum What {
     Data(Bytes),
+    /// Compressed chunks, one piece each.
+    Packed(Packed),
     Zero,
     /// Chunks that are durable, by their digests; without digests, zeroes.
     Known(Option<Vec<Digest>>),
@@ -39,15 +43,22 @@ pub(super) enum Place {
     Indexed,
     /// An earlier chunk of this writer has it.
     Claimed,
-    /// To be stored as it is: where in the job's bytes.
-    Raw {
-        at: usize,
-    },
-    /// To be stored compressed: where in the result's packed bytes.
-    Zstd {
+    /// To be stored: where these bytes are, and how they are written.
+    New {
+        from: From,
         at: usize,
         len: usize,
+        codec: Codec,
     },
+}
+
+/// Whose bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// The job's.
+    Given,
+    /// Those that a worker has made of them.
+    Made,
 }
 
 pub(super) struct Chunk {
@@ -59,9 +70,9 @@ pub(super) struct Chunk {
 pub(super) enum Outcome {
     Data {
         chunks: Vec<Chunk>,
-        /// The job's bytes, if some chunk is stored as it is.
-        bytes: Bytes,
-        packed: Vec<u8>,
+        /// The job's bytes, if some chunk is stored as it came.
+        given: Bytes,
+        made: Vec<u8>,
     },
     Zero,
     Known(Option<Vec<Digest>>),
@@ -79,6 +90,7 @@ pub(super) struct Done {
 
 pub(super) fn run(shared: &Shared, jobs: &Mutex<Receiver<Job>>, results: &Sender<Done>) -> Result<(), RepoError> {
     let mut packer = Packer::new(shared.options.compression)?;
+    let mut unpacker = None;
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { number, disk, extent, chunk_bytes, what, permit }) = job else { return Ok(()) };
@@ -87,6 +99,18 @@ pub(super) fn run(shared: &Shared, jobs: &Mutex<Receiver<Job>>, results: &Sender
         }
         let outcome = match what {
             What::Data(bytes) => data(shared, &mut packer, number, chunk_bytes as usize, bytes)?,
+            What::Packed(chunks) => {
+                let unpacker = match &mut unpacker {
+                    Some(unpacker) => unpacker,
+                    None => unpacker.insert(Unpacking::new()?),
+                };
+                let bad = |(at, reason)| {
+                    let offset_bytes = extent.offset_bytes + at as u64;
+                    RepoError::BadPiece { disk: disk.0.into(), offset_bytes, reason }
+                };
+                let plain = unpacker.unpack(&chunks, chunk_bytes as usize).map_err(bad)?;
+                packed(shared, &mut packer, number, chunk_bytes as usize, chunks, plain)?
+            }
             What::Zero => Outcome::Zero,
             What::Known(digests) => Outcome::Known(digests),
             What::Flush => Outcome::Flush,
@@ -105,59 +129,133 @@ fn data(
     bytes: Bytes,
 ) -> Result<Outcome, RepoError> {
     let mut chunks = Vec::with_capacity(bytes.len().div_ceil(chunk_bytes));
-    let mut keep = false;
     packer.used = 0;
     for (i, raw) in bytes.chunks(chunk_bytes).enumerate() {
-        let digest = Digest::of(raw);
-        // A put has at most 16 chunks.
-        let order = number << 4 | i as u64;
-        let place = if digest.is_zero() {
-            Place::Zero
-        } else if shared.claims.is_claimed(&digest, order) {
-            Place::Claimed
-        } else if shared.index().find(&digest)?.is_some() {
-            Place::Indexed
-        } else if !shared.claims.claim(digest, order) {
-            Place::Claimed
-        } else {
-            packer.pack(raw).unwrap_or_else(|| {
-                keep = true;
-                Place::Raw { at: i * chunk_bytes }
-            })
-        };
-        chunks.push(Chunk { digest, raw_len: raw.len(), place });
+        let as_it_is = Place::New { from: From::Given, at: i * chunk_bytes, len: raw.len(), codec: Codec::Raw };
+        chunks.push(chunk(shared, number, i, raw, || packer.pack(raw).unwrap_or(as_it_is))?);
     }
-    let bytes = if keep { bytes } else { Bytes::new() };
-    Ok(Outcome::Data { chunks, bytes, packed: packer.buffer[..packer.used].to_vec() })
+    Ok(outcome(chunks, bytes, packer))
+}
+
+/// `plain` is what is packed.
+fn packed(
+    shared: &Shared,
+    packer: &mut Packer,
+    number: u64,
+    chunk_bytes: usize,
+    packed: Packed,
+    plain: &[u8],
+) -> Result<Outcome, RepoError> {
+    let mut chunks = Vec::with_capacity(packed.pieces().len());
+    packer.used = 0;
+    let mut at = 0;
+    for (i, (piece, raw)) in packed.pieces().iter().zip(plain.chunks(chunk_bytes)).enumerate() {
+        let len = piece.len as usize;
+        let as_it_came = Place::New { from: From::Given, at, len, codec: piece.codec };
+        at += len;
+        let place = || match piece.codec {
+            Codec::Raw => as_it_came,
+            Codec::Zstd if packer.compresses() => as_it_came,
+            // What the repository does not hold, or is not to hold here, is made anew.
+            Codec::Zstd | Codec::Lz4 => packer.pack(raw).unwrap_or_else(|| packer.keep(raw)),
+        };
+        chunks.push(chunk(shared, number, i, raw, place)?);
+    }
+    Ok(outcome(chunks, packed.bytes().clone(), packer))
+}
+
+/// Chunk `i` of a put; `place` is asked where it is new.
+fn chunk(
+    shared: &Shared,
+    number: u64,
+    i: usize,
+    raw: &[u8],
+    place: impl FnOnce() -> Place,
+) -> Result<Chunk, RepoError> {
+    let digest = Digest::of(raw);
+    // A put has at most 16 chunks.
+    let order = number << 4 | i as u64;
+    let place = if digest.is_zero() {
+        Place::Zero
+    } else if shared.claims.is_claimed(&digest, order) {
+        Place::Claimed
+    } else if shared.index().find(&digest)?.is_some() {
+        Place::Indexed
+    } else if !shared.claims.claim(digest, order) {
+        Place::Claimed
+    } else {
+        place()
+    };
+    Ok(Chunk { digest, raw_len: raw.len(), place })
+}
+
+fn outcome(chunks: Vec<Chunk>, bytes: Bytes, packer: &Packer) -> Outcome {
+    let keep = chunks.iter().any(|chunk| matches!(chunk.place, Place::New { from: From::Given, .. }));
+    let given = if keep { bytes } else { Bytes::new() };
+    Outcome::Data { chunks, given, made: packer.buffer[..packer.used].to_vec() }
+}
+
+/// A thread's own decompressor and its buffer.
+struct Unpacking {
+    unpacker: Unpacker,
+    buffer: Vec<u8>,
+}
+
+impl Unpacking {
+    fn new() -> Result<Self, RepoError> {
+        let unpacker =
+            Unpacker::new().map_err(|e| RepoError::Refused(format!("zstd cannot be set up to decompress: {e}")))?;
+        Ok(Self { unpacker, buffer: vec![0; MAX_READ_BYTES as usize] })
+    }
+
+    /// What is packed, in chunks; else which byte it fails at, and why.
+    fn unpack(&mut self, packed: &Packed, chunk_bytes: usize) -> Result<&[u8], (usize, String)> {
+        let plain = &mut self.buffer[..packed.raw_len() as usize];
+        let mut at = 0;
+        for (i, (piece, out)) in packed.pieces().iter().zip(plain.chunks_mut(chunk_bytes)).enumerate() {
+            let end = at + piece.len as usize;
+            let unpacked = self.unpacker.unpack(piece.codec, &packed.bytes()[at..end], out);
+            unpacked.map_err(|reason| (i * chunk_bytes, reason))?;
+            at = end;
+        }
+        Ok(plain)
+    }
 }
 
 /// A thread's own compressor.
 struct Packer {
-    zstd: Option<zstd::bulk::Compressor<'static>>,
+    zstd: Option<codec::Packer>,
     buffer: Vec<u8>,
     used: usize,
 }
 
 impl Packer {
     fn new(compression: Compression) -> Result<Self, RepoError> {
-        let Compression::Zstd(level) = compression else {
-            return Ok(Self { zstd: None, buffer: Vec::new(), used: 0 });
-        };
-        let zstd = zstd::bulk::Compressor::new(level)
+        // What is made is no longer than what was put, so this is enough for a put.
+        let buffer = vec![0; MAX_READ_BYTES as usize];
+        let Compression::Zstd(level) = compression else { return Ok(Self { zstd: None, buffer, used: 0 }) };
+        let zstd = codec::Packer::new(level)
             .map_err(|e| RepoError::Refused(format!("zstd cannot be set up with level {level}: {e}")))?;
-        // What is kept is smaller than what was put, so this is enough for a put.
-        Ok(Self { zstd: Some(zstd), buffer: vec![0; MAX_READ_BYTES as usize], used: 0 })
+        Ok(Self { zstd: Some(zstd), buffer, used: 0 })
     }
 
-    /// Compresses a chunk; `None` when it is to be stored as it is. zstd gets no more room than 31/32 of the chunk, so it
-    /// gives up by itself on what does not compress. Its own speed on such data (4 GB/s at level 1) makes a test of a
-    /// sample beforehand superfluous.
+    fn compresses(&self) -> bool {
+        self.zstd.is_some()
+    }
+
+    /// Compresses a chunk; `None` when it is to be stored as it is.
     fn pack(&mut self, raw: &[u8]) -> Option<Place> {
-        let zstd = self.zstd.as_mut()?;
         let at = self.used;
-        let room = &mut self.buffer[at..at + (raw.len() - raw.len() / 32 - 1)];
-        let len = zstd.compress_to_buffer(raw, room).ok()?;
+        let len = self.zstd.as_mut()?.pack(Codec::Zstd, raw, &mut self.buffer[at..at + packed_room(raw.len())])?;
         self.used += len;
-        Some(Place::Zstd { at, len })
+        Some(Place::New { from: From::Made, at, len, codec: Codec::Zstd })
+    }
+
+    /// Keeps a chunk as it is.
+    fn keep(&mut self, raw: &[u8]) -> Place {
+        let at = self.used;
+        self.used += raw.len();
+        self.buffer[at..self.used].copy_from_slice(raw);
+        Place::New { from: From::Made, at, len: raw.len(), codec: Codec::Raw }
     }
 }
