@@ -9,7 +9,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use common::proxy::{Proxy, Way};
-use common::side::{Serve, Side, socket};
+use common::side::{self, Serve, Side, socket};
 use common::*;
 use livebackup::wire::message::{Ack, Begin, Event, Failure, FailureCode};
 use livebackup::wire::resume::{Resume, Token};
@@ -164,6 +164,174 @@ fn a_full_and_an_incremental_go_on_where_they_were_lost() {
         side.prove("latest");
         assert_eq!(serve.log().matches("ERROR").count(), 0, "{}", serve.log());
     }
+}
+
+/// Bytes that compress by about half; no two KiB alike.
+fn text(seed: u64, len: usize) -> Vec<u8> {
+    let mut rng = Rng::seeded(seed);
+    let words = |n: usize| match (n / 128).is_multiple_of(2) {
+        true => rng.below(u64::MAX),
+        false => 0x2020_6f6c_6c65_6820 ^ (n as u64 / 128),
+    };
+    (0..len / 8).map(words).flat_map(u64::to_le_bytes).chain(vec![7; len % 8]).collect()
+}
+
+#[test]
+fn what_is_compressed_goes_on_where_it_was_lost() {
+    for (version, how) in [(Version::V10, "zstd"), (Version::V7, "zstd"), (Version::V10, "lz4"), (Version::V10, "auto")]
+    {
+        let mut side = Side::new(version);
+        side.models[0] = text(3, side.models[0].len());
+        std::fs::write(side.path("vd0.raw"), &side.models[0]).unwrap();
+        side.start();
+        side.cont();
+        let mut serve = Serve::start(&side, "");
+        serve.wait_until_attached(&side);
+        let proxy = Proxy::unix(&socket(&side));
+        proxy.cut(&[(Way::ToClient, 1_500_000), (Way::ToClient, 900_000)]);
+        let (report, said) = done(backup(&side, &proxy, &["--wire-compression", how], &[]));
+        assert_eq!((&report["level"], proxy.cuts_made()), (&"full".into(), 2), "{said}");
+        side.prove("latest");
+        let came = report["wire_bytes"].as_u64().unwrap();
+        let stored = report["disks"][0]["stored_bytes"].as_u64().unwrap();
+        // Whether auto has begun to compress is a matter of time.
+        assert!(how == "auto" || came < side::SIZE * 2 / 3, "{how}: {came} {report}");
+        assert!(how != "zstd" || came.abs_diff(stored) < 100_000, "what came is what is stored: {report}");
+        assert!(stored < side::SIZE * 2 / 3, "{report}");
+
+        side.write_at(0, 1 << 20, 3 << 20, 0x11);
+        side.write_at(1, 1 << 20, 2 << 20, 0x22);
+        proxy.cut(&[(Way::ToClient, 5000)]);
+        let (report, _) = done(backup(&side, &proxy, &["--wire-compression", how], &[]));
+        assert_eq!((&report["level"], proxy.cuts_made()), (&"incremental".into(), 3));
+        assert!(how == "auto" || report["wire_bytes"].as_u64().unwrap() < 200_000, "{report}");
+        side.prove("latest");
+        // In one process there is no line.
+        assert_eq!(serve.log().matches("ERROR").count(), 0, "{}", serve.log());
+        serve.stop();
+        let report = side.backup("full");
+        assert!(report["wire_bytes"].is_null(), "{report}");
+    }
+}
+
+#[test]
+fn a_scan_goes_on_where_it_was_lost() {
+    for (version, how) in [(Version::V10, "none"), (Version::V10, "zstd"), (Version::V7, "none")] {
+        let (mut side, serve, proxy) = served(version, "");
+        let options = ["--wire-compression", how];
+        for disk in 0..2 {
+            for n in 0..48 {
+                side.write_at(disk, n << 17, 1 << 17, 1 + n as u8);
+            }
+        }
+        done(backup(&side, &proxy, &options, &[]));
+        side.prove("latest");
+        // Lost on the way to the client with much of what differs; early, with the digests; on the way to the server.
+        let much = if how == "none" { 60_000 } else { 7000 };
+        let cuts = [
+            vec![(Way::ToClient, much), (Way::ToClient, 6000)],
+            vec![(Way::ToClient, 4500)],
+            vec![(Way::ToServer, 1500)],
+        ];
+        for (round, cuts) in cuts.iter().enumerate() {
+            let fill = 60 + 60 * round as u8;
+            let old = side.models.clone();
+            for n in 0..24 {
+                side.write_at(0, n << 18, 1 << 17, fill + n as u8);
+                side.write_at(1, (n << 18) + (1 << 16), 1 << 16, fill + 30 + n as u8);
+            }
+            side.write_at(1, 5 << 20, 1 << 20, 0);
+            for (node, name) in side.qemu().bitmaps().into_iter().filter(|(_, name)| name.contains("-since-")) {
+                side.qemu().qmp("block-dirty-bitmap-remove", serde_json::json!({"node": node, "name": name}));
+            }
+            let before = proxy.cuts_made();
+            proxy.cut(cuts);
+            let (report, said) = done(backup(&side, &proxy, &options, &[]));
+            assert!(proxy.cuts_made() > before, "{how} {cuts:?}: {said}");
+            proxy.cut(&[]);
+            for (index, (old, new)) in old.iter().zip(&side.models).enumerate() {
+                let disk = &report["disks"][index];
+                assert_eq!((&disk["taken"], &disk["read_bytes"]), (&"scan".into(), &side::SIZE.into()), "{report}");
+                let chunk = 128 << 10;
+                let same = old
+                    .chunks(chunk)
+                    .zip(new.chunks(chunk))
+                    .filter(|(a, b)| a == b)
+                    .map(|(a, _)| a.len())
+                    .sum::<usize>();
+                assert_eq!(disk["same_bytes"], same, "{cuts:?}: {report}");
+            }
+            side.prove("latest");
+        }
+        assert_eq!(serve.log().matches("ERROR").count(), 0, "{}", serve.log());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledgements_that_a_cut_has_swallowed_are_said_again() {
+    let (mut side, serve, proxy) = tokio::task::block_in_place(|| served(Version::V10, ""));
+    tokio::task::block_in_place(|| {
+        side.write_at(0, 0, 6 << 20, 0x11);
+        // Many events, so that the session is open for long.
+        (0..48).for_each(|n| side.write_at(1, n << 17, 1 << 16, 0x22));
+    });
+    let models = side.models.clone();
+    let client = Client::connect(&Address::Unix(proxy.socket.clone())).await.unwrap();
+    let resume = Some(Token::random());
+    let begin = Begin { vm: "vm1".into(), chunk_bytes: 65536, resume, ..Begin::default() };
+    let mut session = client.begin(begin).await.unwrap();
+    let mut images = models.clone().map(|model| vec![0xaa; model.len()]);
+    let mut apply = |event| {
+        let (disk, extent) = match event {
+            Event::Data { disk, offset_bytes, bytes } => {
+                images[usize::from(disk)][offset_bytes as usize..][..bytes.len()].copy_from_slice(&bytes);
+                (disk, livebackup::extent::Extent::new(offset_bytes, bytes.len() as u64))
+            }
+            Event::Zero { disk, extent } => {
+                images[usize::from(disk)][extent.offset_bytes as usize..extent.end() as usize].fill(0);
+                (disk, extent)
+            }
+            other => panic!("{other:?}"),
+        };
+        Ack { disk, extents: vec![extent] }
+    };
+    // All of the first disk arrives, and is acknowledged; the server does not hear of it.
+    let mut acks = vec![];
+    while acks.last().is_none_or(|ack: &Ack| ack.extents[0].end() < side::SIZE) {
+        let event = timeout(LONG, session.events.recv()).await.unwrap().unwrap().unwrap();
+        acks.push(apply(event));
+    }
+    // The guest writes all over it: the old bytes are kept for who has them already.
+    let scratch = |side: &Side| {
+        let status = side.ok(&["status", &format!("unix:{}/vm1", socket(side).display())]);
+        status["session"]["scratch_bytes"].as_u64().unwrap_or_else(|| panic!("the session is over: {status}"))
+    };
+    tokio::task::block_in_place(|| {
+        side.write_at(0, 0, 6 << 20, 0x33);
+        wait_until("the scratch to hold it", || scratch(&side) >= 6 << 20);
+    });
+    proxy.swallow();
+    for ack in acks {
+        session.acks.send(ack).unwrap();
+    }
+    wait_until("them to be swallowed", || proxy.swallowed() > 100);
+    assert!(scratch(&side) >= 6 << 20);
+    proxy.sever();
+    // As many as wait, and one more: who reads sees that the connection is gone.
+    for _ in 0..10 {
+        let event = timeout(LONG, session.events.recv()).await.unwrap().unwrap().unwrap();
+        apply(event);
+    }
+    tokio::task::block_in_place(|| wait_until("the scratch to shrink", || scratch(&side) < 1 << 20));
+    assert!(serve.log().contains("a client is back"), "{}", serve.log());
+    loop {
+        match timeout(LONG, session.events.recv()).await.unwrap().unwrap().unwrap() {
+            Event::Sent => {}
+            Event::End(_) => break,
+            event => drop(apply(event)),
+        }
+    }
+    assert!(images == models);
 }
 
 #[test]

@@ -73,6 +73,8 @@ pub struct Client {
     version: Version,
     /// How long the server holds a session whose connection is lost, once it has said so.
     pub(super) grace: Option<Duration>,
+    /// How many of the session's acknowledgements it has heard, if it counts them.
+    pub(super) acks_heard: Option<u64>,
     /// A request was given up half-way: its answer may still come, and would be taken for the next one's.
     spent: bool,
 }
@@ -128,6 +130,7 @@ impl Client {
             software: welcome.software,
             version: welcome.version,
             grace: None,
+            acks_heard: None,
             spent: false,
         })
     }
@@ -181,7 +184,9 @@ impl Client {
                     Some(Frame::Alive) => {}
                     Some(Frame::Control(json)) => match read_reply(&json, &self.peer)? {
                         Reply::Waiting(waiting) => on_waiting(&waiting),
-                        Reply::Resumable { grace_ms } => self.grace = Some(Duration::from_millis(grace_ms)),
+                        Reply::Resumable { grace_ms, acks } => {
+                            (self.grace, self.acks_heard) = (Some(Duration::from_millis(grace_ms)), acks);
+                        }
                         reply => break reply,
                     },
                     Some(Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {

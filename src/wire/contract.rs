@@ -256,6 +256,8 @@ pub struct Acks {
     disks: Vec<Acked>,
     sent: AtomicBool,
     over: AtomicBool,
+    /// Acknowledgements that were taken.
+    heard: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -277,6 +279,7 @@ impl Acks {
             disks,
             sent: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            heard: AtomicU64::new(0),
         }
     }
 
@@ -340,6 +343,12 @@ impl Acks {
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| open.checked_sub(extent.len_bytes));
             booked.map_err(|_| format!("more acknowledgements for disk {index} than was sent"))?;
         }
+        self.heard.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// How many acknowledgements were taken, over all connections.
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
     }
 }

@@ -197,6 +197,9 @@ pub enum Reply {
     Resumable {
         /// For so many milliseconds.
         grace_ms: u64,
+        /// Acknowledgements of the session that were heard so far. Absent where nobody counts them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        acks: Option<u64>,
     },
     /// To [`Request::Begin`]: the instant is behind us; data follows. To [`Request::Resume`]: the same as the first time.
     Begun(Box<Begun>),

@@ -38,6 +38,7 @@ pub mod resume;
 pub mod server;
 pub mod session;
 pub mod tls;
+pub mod unheard;
 pub mod writer;
 
 pub use client::{Address, Client, Door};

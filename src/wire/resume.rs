@@ -3,7 +3,7 @@
 //! ```text
 //! client                                       sidecar
 //!   Begin { resume: token }     ─────►
-//!                               ◄─────   Resumable { grace_ms }   "I hold it for so long"; an older sidecar says nothing
+//!                               ◄─────   Resumable { grace_ms, … } "I hold it for so long"; an older sidecar says nothing
 //!                               ◄─────   Begun, data, …
 //!                ╳ the connection is lost ╳          the fleece stays open, for the grace time at most
 //!   Resume { vm, token, have }  ─────►
@@ -31,6 +31,7 @@
 //! * **Nothing is asked for twice that was acknowledged.** What is acknowledged may have been discarded, so the sidecar never
 //!   sends it again, whatever `have` says: a client must keep what it acknowledges. All other bytes of the needed set are still
 //!   in the fleece. Whatever was under way when the connection was lost is read again.
+//! * **No acknowledgement is lost.** `Resumable` says how many were heard in all; a client says the rest again.
 //! * **The guest first.** A held fleece is under the same watch as a read one: scratch, monitor and the machine's end close it
 //!   before the grace is over.
 //! * A client that comes back before the sidecar has noticed that it was away takes its old connection's place.

@@ -211,7 +211,8 @@ impl Connection {
     async fn attached(&mut self, attachment: Attachment) -> Result<(), Failure> {
         let Attachment { begin, session, acks, grace, until, replaced, over } = attachment;
         let grace_ms = grace.as_millis() as u64;
-        self.writer.push(Encoded::control(&Reply::Resumable { grace_ms }, MAX_REPLY_BYTES).map_err(unsendable)?);
+        let resumable = Reply::Resumable { grace_ms, acks: Some(acks.heard()) };
+        self.writer.push(Encoded::control(&resumable, MAX_REPLY_BYTES).map_err(unsendable)?);
         let carried = self.carry(&begin, session, &acks, Some((replaced, until))).await;
         if !matches!(carried, Err(Ended::Lost(_))) {
             // Who holds sessions may be gone with the service.

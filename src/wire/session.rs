@@ -14,7 +14,8 @@
 //! says why.
 //!
 //! Acknowledgements may be refused while events still wait: the end, or a failure, has arrived behind them. That is no
-//! error of its own, the last event tells. While the connection is away they wait.
+//! error of its own, the last event tells. While the connection is away they wait; those that it took with it are said again
+//! ([`unheard`](super::unheard)).
 //!
 //! What has arrived before a connection was lost is not asked for again. Should all have arrived, and the server be gone
 //! before it said the end, only its figures are missing, and the end says so.
@@ -32,6 +33,7 @@ use super::link::Timing;
 use super::message::{Ack, Begin, Begun, Event, Failure, FailureCode, Reply, Request, Session, Totals};
 use super::reader::{Frame, FrameReader};
 use super::resume::{Again, COME_BACK_AFTER, Lasting, MAX_RESUMES, Resume, Token};
+use super::unheard::Unheard;
 use super::writer::FrameWriter;
 use crate::machine::Taken;
 
@@ -56,7 +58,14 @@ pub(super) fn start(client: Client, promise: Promise, begin: Begin, begun: Begun
             Some(WayBack { door, vm: begin.vm, token, grace, begun: begun.clone(), again, left: MAX_RESUMES, over });
     }
     let Client { reader, writer, timing, peer, .. } = client;
-    let task = Task { promise, to_owner, acks: acks_to_send, digests: digests_to_send, timing, peer, way_back };
+    let unheard = way_back.as_ref().map(|_| Unheard::default());
+    // What an earlier process has said is not this one's to say again.
+    let unheard = unheard.map(|mut unheard| {
+        let _ = unheard.heard(client.acks_heard);
+        unheard
+    });
+    let task =
+        Task { promise, to_owner, acks: acks_to_send, unheard, digests: digests_to_send, timing, peer, way_back };
     tokio::spawn(task.run(reader, writer));
     Session { begun, events, acks, digests: scans.then_some(digests), lasting }
 }
@@ -81,6 +90,8 @@ struct Task {
     promise: Promise,
     to_owner: mpsc::Sender<Result<Event, Failure>>,
     acks: mpsc::UnboundedReceiver<Ack>,
+    /// Of a session that can be resumed.
+    unheard: Option<Unheard>,
     digests: mpsc::Receiver<Digests>,
     timing: Timing,
     peer: String,
@@ -109,11 +120,11 @@ impl Task {
         let outcome = loop {
             let ended = {
                 let confirm = Notify::new();
-                let Self { promise, to_owner, acks, digests, timing, peer, way_back } = &mut self;
+                let Self { promise, to_owner, acks, unheard, digests, timing, peer, way_back } = &mut self;
                 let confirm = way_back.as_ref().map(|_| &confirm);
                 tokio::select! {
                     ended = read_events(&mut reader, promise, to_owner, confirm, *timing, peer) => ended,
-                    () = write_all(&mut writer, acks, digests, confirm, *timing) => Ended::Done,
+                    () = write_all(&mut writer, (acks, unheard), digests, confirm, *timing) => Ended::Done,
                     () = to_owner.closed() => Ended::Done,
                 }
             };
@@ -129,7 +140,11 @@ impl Task {
                 () = to_owner.closed() => return,
             };
             match back {
-                Ok(Some(client)) => (reader, writer) = (client.reader, client.writer),
+                Ok(Some(client)) => {
+                    (reader, writer) = (client.reader, client.writer);
+                    let again = self.unheard.as_mut().into_iter().flat_map(|unheard| unheard.heard(client.acks_heard));
+                    again.for_each(|ack| push(&mut writer, &Request::Ack(ack.clone())));
+                }
                 Ok(None) => return,
                 Err(failure) => {
                     let _ = to_owner.send(Err(failure)).await;
@@ -291,19 +306,24 @@ async fn try_read_events(
 /// reader, which is told the reason where a failed write is only a symptom.
 async fn write_all(
     writer: &mut FrameWriter,
-    acks: &mut mpsc::UnboundedReceiver<Ack>,
+    (acks, unheard): (&mut mpsc::UnboundedReceiver<Ack>, &mut Option<Unheard>),
     digests: &mut mpsc::Receiver<Digests>,
     confirm: Option<&Notify>,
     timing: Timing,
 ) {
     let (mut open, mut digesting) = (true, true);
     loop {
+        // At first, what is said again.
+        if let Err(error) = writer.flush().await {
+            tracing::debug!(%error, "cannot acknowledge");
+            std::future::pending().await
+        }
         tokio::select! {
             ack = acks.recv(), if open => match ack {
                 Some(ack) => {
-                    push_ack(writer, ack);
+                    push_ack(writer, unheard, ack);
                     while !writer.is_full() && let Ok(ack) = acks.try_recv() {
-                        push_ack(writer, ack);
+                        push_ack(writer, unheard, ack);
                     }
                 }
                 None => open = false,
@@ -312,10 +332,6 @@ async fn write_all(
                 Some(Ok(frame)) => writer.push(frame),
                 Some(Err(error)) => tracing::error!(%error, "digests cannot be sent"),
                 None => digesting = false,
-        if let Err(error) = writer.flush().await {
-            tracing::debug!(%error, "cannot acknowledge");
-            std::future::pending().await
-        }
             },
             () = notified(confirm) => push(writer, &Request::Received),
             () = sleep(timing.alive_every) => writer.push(Encoded::alive()),
@@ -330,9 +346,13 @@ async fn notified(confirm: Option<&Notify>) {
     }
 }
 
-fn push_ack(writer: &mut FrameWriter, ack: Ack) {
+fn push_ack(writer: &mut FrameWriter, unheard: &mut Option<Unheard>, ack: Ack) {
     for extents in ack.extents.chunks(MAX_ACK_EXTENTS) {
-        push(writer, &Request::Ack(Ack { disk: ack.disk, extents: extents.to_vec() }));
+        let part = Ack { disk: ack.disk, extents: extents.to_vec() };
+        push(writer, &Request::Ack(part.clone()));
+        if let Some(unheard) = unheard {
+            unheard.push(part);
+        }
     }
 }
 

@@ -65,6 +65,11 @@ struct State {
     stalls: AtomicBool,
     /// Go down with the next cut.
     fall: AtomicBool,
+    /// What comes from clients is taken and goes nowhere.
+    swallows: AtomicBool,
+    swallowed: AtomicU64,
+    /// Of the newest connection.
+    open: Mutex<Vec<Socket>>,
     connections: AtomicU64,
     cut: AtomicU64,
     /// Bytes of all connections.
@@ -128,6 +133,22 @@ impl Proxy {
         self.state.fall.store(true, Ordering::SeqCst);
     }
 
+    /// What comes from clients goes nowhere from now on.
+    pub fn swallow(&self) {
+        self.state.swallows.store(true, Ordering::SeqCst);
+    }
+
+    /// Bytes that went nowhere.
+    pub fn swallowed(&self) -> u64 {
+        self.state.swallowed.load(Ordering::SeqCst)
+    }
+
+    /// Closes the newest connection, and swallows nothing any more.
+    pub fn sever(&self) {
+        self.state.open.lock().unwrap().drain(..).for_each(|socket| socket.shutdown());
+        self.state.swallows.store(false, Ordering::SeqCst);
+    }
+
     /// Lets connections through again.
     pub fn rise(&self) {
         self.state.fall.store(false, Ordering::SeqCst);
@@ -166,6 +187,7 @@ fn serve(state: &Arc<State>, client: Socket, connect: impl Fn() -> Option<Socket
     let Some(server) = connect() else { return client.shutdown() };
     state.connections.fetch_add(1, Ordering::SeqCst);
     let cut = state.cuts.lock().unwrap().pop_front();
+    *state.open.lock().unwrap() = vec![client.again(), server.again()];
     for (way, from, to) in [(Way::ToServer, &client, &server), (Way::ToClient, &server, &client)] {
         let (state, from, to) = (state.clone(), from.again(), to.again());
         let limit = cut.filter(|cut| cut.0 == way).map(|cut| cut.1);
@@ -189,6 +211,10 @@ fn pump(state: &State, way: Way, mut from: Socket, mut to: Socket, mut limit: Op
         let most = limit.map_or(buffer.len(), |limit| buffer.len().min(limit as usize));
         let n = from.read(&mut buffer[..most]);
         state.counter(way).fetch_add(n as u64, Ordering::SeqCst);
+        if n > 0 && way == Way::ToServer && state.swallows.load(Ordering::SeqCst) {
+            state.swallowed.fetch_add(n as u64, Ordering::SeqCst);
+            continue;
+        }
         if n == 0 || !to.write(&buffer[..n]) {
             break;
         }
