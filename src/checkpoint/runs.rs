@@ -79,7 +79,7 @@ fn take(from: &mut &[u8]) -> Option<u64> {
     {
         let more = low >> 7;
         *from = &from[1 + usize::from(more)..];
-        return Some(u64::from(low & 0x7f) | (u64::from(high) << 7) * u64::from(more));
+        return Some(u64::from(low & 0x7f) | ((u64::from(high) << 7) * u64::from(more)));
     }
     let mut value = 0;
     for at in 0..MAX_VARINT_BYTES {
