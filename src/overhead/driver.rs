@@ -15,8 +15,9 @@
 //!
 //! * **Doorbells** ring once for all requests that were added together, and not while the device says that it is still
 //!   looking (`NO_NOTIFY`), as drivers do. No interrupts are asked for.
-//! * **Waiting** sleeps for some tens of microseconds between two looks, so that it does not take the processor from
-//!   what is measured: a latency is as exact as that.
+//! * **Waiting** sleeps for a moment between two looks, so that it does not take the processor from what is measured: a
+//!   latency may come out up to a tenth of a millisecond too long, of every method alike.
+//! * Numbers in the queue are little-endian, as the hosts are that this runs on.
 //! * A doorbell reaches a stopped machine as well, which a guest's never does: a write may fall into the instant of several
 //!   disks. There is one disk here, for which livebackup does not stop the machine.
 //! * **Safety.** Each slot's bytes belong to the driver until they are submitted, and to the device until its answer.

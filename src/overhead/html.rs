@@ -122,7 +122,7 @@ fn bars(out: &mut String, measured: &[(&Summary, &Measured)]) {
         let (at, share) = (to + 6.0, m.rate_share.median);
         put(out, format_args!("<text class=\"ink\" x=\"{at:.1}\" y=\"{text:.1}\">{share:.2}</text>\n"));
     }
-    out.push_str("</svg>\n<figcaption>Operations a second during the backup, as a share of those before it; ");
+    out.push_str("</svg>\n<figcaption>Operations a second during the backup, as a share of the idle ones: the median before all backups of a round; ");
     out.push_str(
         "the thin line is from the least to the most of the rounds. Green is livebackup.</figcaption></figure>\n",
     );
@@ -140,7 +140,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
         "before /s",
         "during /s",
         "after /s",
-        "during / before",
+        "during / idle",
         "p50",
         "p99 before",
         "p99",
@@ -148,6 +148,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
         "slowest",
         "took",
         "ended",
+        "others' CPUs",
     ] {
         put(out, format_args!("<th>{head}</th>"));
     }
@@ -169,6 +170,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
             micros(m.during.max_us.most),
             format!("{:.2} s", m.took_s.median),
             format!("{} of {}", m.finished, summary.rounds),
+            format!("{:.1}", m.others_cores.median),
         ] {
             put(out, format_args!("<td>{cell}</td>"));
         }
@@ -177,7 +179,10 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
     out.push_str(
         "</table></div>\n<p class=\"faint\">Latencies are of writes, during the backup unless said otherwise; ",
     );
-    out.push_str("medians of the rounds, but the slowest of all.</p>\n");
+    out.push_str(
+        "medians of the rounds, but the slowest of all. Others' CPUs: processors that other programs kept busy ",
+    );
+    out.push_str("meanwhile. Pictures over time have a line for each round; the backup is shaded, for the median of its time.</p>\n");
 }
 
 /// The scales of all pictures of a workload.
@@ -328,7 +333,7 @@ mod tests {
         assert!(page.contains("no &lt;device&gt; &amp; &quot;mapper&quot;"));
         // The text has the same rows.
         let text = report.to_string();
-        for words in ["none    ", "fleece  ", "lvm: not measured: no <device>", "at least 0.50: 0.50"] {
+        for words in ["none    ", "fleece  ", "lvm: not measured: no <device>", "at least 0.50: 0.45; MISSED"] {
             assert!(text.contains(words), "{words}: {text}");
         }
     }

@@ -53,7 +53,7 @@ pub const MIN_SIZE_BYTES: u64 = 16 * MIB;
 /// The smallest disk of which half can be acknowledged while the rest is still to be read.
 const MIN_HALF_BYTES: u64 = 256 * MIB;
 /// The load runs for so long before it is looked at.
-const WARMS_UP: Duration = Duration::from_millis(250);
+const WARMS_UP: Duration = Duration::from_millis(500);
 
 /// What is measured, and how.
 #[derive(Clone, Debug)]
@@ -347,7 +347,7 @@ async fn one(
     (workload, method, round, seed): (Workload, Method, u32, u64),
     model: Model,
 ) -> Result<(Result<Run, OverheadError>, Model), OverheadError> {
-    let work = &places.work;
+    let (work, busy) = (&places.work, Busy::now());
     let rig = Rig::start(work, &options.rig).await?;
     let scratch = places.scratch(method);
     let memory = rig.memory.try_clone().map_err(path("cannot share", "the machine's memory"))?;
@@ -363,7 +363,7 @@ async fn one(
     };
     load.hold(false).await?;
     let ended = load.stop().await;
-    let result = match (ended, outcome, ready) {
+    let mut result = match (ended, outcome, ready) {
         (Err(error), ..) => return Err(error),
         (Ok(loaded), Ok(Some((before, outcome, after))), Ok(ready)) => {
             drop(ready);
@@ -383,6 +383,7 @@ async fn one(
                     copied_bytes: outcome.copied_bytes,
                 },
                 failed_requests: loaded.failed,
+                others_cores: 0.0,
                 course: course(samples, &[before, during, after], outcome.began_ns),
             };
             (Ok(run), loaded.model)
@@ -391,6 +392,10 @@ async fn one(
         (Ok(loaded), Ok(None), Ok(_)) => (Err(OverheadError::Panicked), loaded.model),
     };
     rig.end().await?;
+    if let (Ok(run), _) = &mut result {
+        // QEMU's time counts as ours now.
+        run.others_cores = busy.others_since();
+    }
     // Scratch has no names; what a failed method has left is of no use.
     for name in ["state", "scratch", "scratch.qcow2", "target.raw", "overlay.qcow2", "nbd"] {
         work.remove(name);

@@ -74,6 +74,7 @@ fn short_row(summary: &Summary, measured: &Measured) -> Vec<String> {
         micros(measured.during.max_us.most),
         format!("{:.2} s", measured.took_s.median),
         format!("{} of {}", measured.finished, summary.rounds),
+        format!("{:.1}", measured.others_cores.median),
         failed,
     ]
 }
@@ -134,8 +135,21 @@ impl fmt::Display for Report {
         self.head().iter().try_for_each(|line| writeln!(f, "{line}"))?;
         for workload in self.workloads() {
             let own: Vec<_> = self.summaries.iter().filter(|s| s.workload == workload.name()).collect();
-            writeln!(f, "\n{workload}: {}. Medians of the rounds (least-most)", workload.words())?;
-            let head = ["METHOD", "WHAT", "RATE DURING/BEFORE", "P99 DURING/BEFORE", "SLOWEST", "BACKUP TOOK", "ENDED"];
+            writeln!(
+                f,
+                "\n{workload}: {}. Medians of the rounds (least-most). Idle: the median before all backups of a round",
+                workload.words()
+            )?;
+            let head = [
+                "METHOD",
+                "WHAT",
+                "RATE DURING/IDLE",
+                "P99 DURING/IDLE",
+                "SLOWEST",
+                "BACKUP TOOK",
+                "ENDED",
+                "OTHERS' CPUS",
+            ];
             let mut short = vec![strings(&head)];
             let head = ["METHOD", "PHASE", "OPERATIONS/S", "MiB/S", "P50", "P99", "P99.9", "SLOWEST"];
             let mut long = vec![strings(&head)];
