@@ -59,7 +59,7 @@ impl Image {
     }
 
     fn read(&self) -> Result<Vec<Partition>, Stop> {
-        partition::read(SIZE, &mut self.look())
+        partition::read(SIZE, 512, &mut self.look())
     }
 
     fn swap(&self, area: Extent) -> Option<SwapHeader> {
@@ -116,7 +116,7 @@ fn a_reader_says_what_it_needs() {
             let known = pieces.iter().find(|(at, _)| *at == extent);
             known.map(|(_, bytes)| bytes.clone()).ok_or(Stop::Wants(extent))
         };
-        let answer = partition::read(SIZE, &mut look as &mut Look<'_>);
+        let answer = partition::read(SIZE, 512, &mut look as &mut Look<'_>);
         match answer {
             Err(Stop::Wants(extent)) => {
                 pieces.push((extent, image.bytes(extent.offset_bytes, extent.len_bytes as usize)))
@@ -195,8 +195,13 @@ fn what_contradicts_itself_is_doubted() {
     }
     // Behind the primary ones: a disk that was made smaller.
     let image = Image::new(GPT);
-    let small = partition::read(32 * MIB, &mut image.look());
+    let small = partition::read(32 * MIB, 512, &mut image.look());
     assert!(matches!(&small, Err(Stop::Doubt(why)) if why.contains("another size")), "{small:?}");
+    // An MBR counts in sectors, and does not say how long they are.
+    let image = Image::new(MBR);
+    assert_eq!(image.read().unwrap().len(), 4);
+    let larger = partition::read(SIZE, 4096, &mut image.look());
+    assert!(matches!(&larger, Err(Stop::Doubt(why)) if why.contains("4096")), "{larger:?}");
     for (offset, bytes, says) in [
         (446 + 16 + 8, 30_000u32.to_le_bytes(), "chain of logical partitions"),
         (446 + 8, 200_000u32.to_le_bytes(), "partition 1 lies outside"),

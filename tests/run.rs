@@ -31,6 +31,11 @@ impl Run {
 
     /// As [`Run::start`], with options of `livebackup run`.
     fn start_with(side: &Side, version: Version, options: &[&str], more: &[&str]) -> Run {
+        Self::start_in(side, version, options, more, &[])
+    }
+
+    /// As [`Run::start_with`], with these variables.
+    fn start_in(side: &Side, version: Version, options: &[&str], more: &[&str], env: &[(&str, &str)]) -> Run {
         let at = side.path("");
         let at = at.to_str().unwrap().trim_end_matches('/');
         let _ = std::fs::remove_file(side.path("qmp-test"));
@@ -46,7 +51,7 @@ impl Run {
         command.args("-nodefaults -display none -accel tcg -m 64 -machine q35".split(' '));
         command.args(side.args.iter().map(|a| a.replace("DIR", at))).args(more);
         command.args(["-qmp", &format!("unix:{at}/qmp-test,server=on,wait=off")]);
-        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut child = command.spawn().unwrap();
         let socket = side.path("qmp-test");
         wait_until("the machine to run", || {
@@ -222,6 +227,30 @@ fn qemu_outlives_a_killed_sidecar() {
     assert_eq!(qmp.call("query-status", json!({}))["status"], "running");
     power_off(&side);
     wait_until("QEMU to end", || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// We are told to end the machine, stop its guest, and are killed: it ends, and is not left standing still.
+#[test]
+fn a_machine_that_was_being_ended_ends() {
+    let mut rng = Rng::new();
+    for more in [&[][..], &["-no-shutdown"]] {
+        let mut side = Side::new(Version::V10);
+        let killed = [("LIVEBACKUP_KILL_AT", "power.stopped")];
+        let mut run = Run::start_in(&side, Version::V10, &[], more, &killed);
+        run.write(&mut side, &mut rng);
+        let pid = child_of(run.child.id());
+        run.signal(Signal::SIGTERM);
+        let Run { child, qmp } = run;
+        assert_eq!(Run::ended(child).signal(), Some(9));
+        drop(qmp);
+        if !more.is_empty() {
+            // Nobody but the next start owes it there.
+            let source = format!("qmp:{}", side.path("qmp-test").display());
+            let said = side.livebackup(&["disks", &source]);
+            assert!(String::from_utf8_lossy(&said.stdout).contains("was being ended"), "{said:?}");
+        }
+        wait_until("QEMU to end", || !Path::new(&format!("/proc/{pid}")).exists());
+    }
 }
 
 /// What an image keeps is there also when we were not: killed, or QEMU ended from elsewhere.

@@ -177,6 +177,11 @@ impl<'a> Count<'a> {
 }
 
 impl Replay {
+    /// Whether it goes on from what a killed backup has left.
+    pub fn goes_on(&self) -> bool {
+        self.left.is_some()
+    }
+
     /// Of what was left, if anything was.
     pub fn new(left: Option<Arc<Left>>, begun: &Begun, chunk_bytes: u32) -> Self {
         let runs = left.iter().flat_map(|left| left.runs.iter().copied()).collect();

@@ -409,6 +409,11 @@ async fn receive(
     progress(Progress { phase: Phase::Store, ..so_far });
     for (begun, received) in begun.disks.iter().zip(&count.received) {
         if begun.needed_bytes != *received {
+            if replay.goes_on() {
+                // A crash of this host took back what its log did not flush and was acknowledged all the same.
+                let words = "what the killed backup had stored is not all there";
+                return Err(Failure::new(FailureCode::SessionGone, words).into());
+            }
             return Err(BackupError::Contradiction(format!(
                 "disk {} should have brought {} bytes, and brought {received}",
                 begun.disk.name, begun.needed_bytes

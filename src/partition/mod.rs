@@ -54,11 +54,12 @@ pub enum Stop {
 /// Gives bytes of the disk, or stops the reader.
 pub type Look<'a> = dyn FnMut(Extent) -> Result<Vec<u8>, Stop> + 'a;
 
-/// The partitions of a disk, in the order of the table; none where it has no table.
+/// The partitions of a disk, in the order of the table; none where it has no table. `sector_bytes`: how long the guest takes
+/// the disk's sectors to be. An MBR counts in them and does not say so.
 ///
 /// # Errors
 /// What the reader needs, or why the table cannot be believed.
-pub fn read(size_bytes: u64, look: &mut Look<'_>) -> Result<Vec<Partition>, Stop> {
+pub fn read(size_bytes: u64, sector_bytes: u64, look: &mut Look<'_>) -> Result<Vec<Partition>, Stop> {
     if size_bytes < SECTOR_BYTES {
         return Ok(vec![]);
     }
@@ -66,6 +67,9 @@ pub fn read(size_bytes: u64, look: &mut Look<'_>) -> Result<Vec<Partition>, Stop
     let partitions = match mbr::Table::of(&sector)? {
         None => return Ok(vec![]),
         Some(table) if table.is_protective() => gpt::read(size_bytes, look)?,
+        Some(_) if sector_bytes != SECTOR_BYTES => {
+            return doubt(format!("an MBR on a disk whose sectors have {sector_bytes} bytes is not understood"));
+        }
         Some(table) => table.read(size_bytes, look)?,
     };
     apart(&partitions)?;
@@ -112,7 +116,7 @@ pub fn fuzz(bytes: &[u8]) {
             found.resize(extent.len_bytes as usize, 0);
             Ok(found)
         };
-        let partitions = read(size_bytes, &mut look).unwrap_or_default();
+        let partitions = read(size_bytes, SECTOR_BYTES, &mut look).unwrap_or_default();
         assert!(partitions.len() <= MAX_PARTITIONS);
         let whole = Extent::new(0, size_bytes);
         for extent in partitions.iter().map(|partition| partition.extent).chain([whole]) {

@@ -15,17 +15,23 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+
+use super::qemu_failed;
 use super::tracking::Plan;
 use super::transfer::ReadyDisk;
 use crate::area::{Area, Areas, MAX_AREAS, MAX_SEEN, Skip, Wanted};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
+use crate::monitor::Monitor;
 use crate::partition::{self, Look, Partition, Stop};
 use crate::units::{KIB, human_bytes};
 use crate::wire::message::{Begin, Failure};
 
 /// What of every disk is looked at: a partition table, or a header of swap.
 const FIRST_BYTES: u64 = 68 * KIB;
+/// Bytes of a sector, where the device does not say otherwise; reads are of these.
+const SECTOR_BYTES: u64 = 512;
 /// Most reads for one disk.
 const MAX_READS: usize = 1024;
 
@@ -43,11 +49,17 @@ pub(super) fn probe(plan: &mut Plan, begin: &Begin, skip: &[Skip]) {
 }
 
 /// Finds what is to be left out of a disk that is ready to be read, and leaves it out.
-pub(super) async fn leave_out(ready: &mut ReadyDisk, plan: &Plan, skip: &[Skip]) -> Result<Areas, Failure> {
+pub(super) async fn leave_out(
+    monitor: &Monitor,
+    ready: &mut ReadyDisk,
+    plan: &Plan,
+    skip: &[Skip],
+) -> Result<Areas, Failure> {
     let mut areas = Areas::default();
     if wanted(skip, plan).next().is_none() {
         return Ok(areas);
     }
+    let sector_bytes = sector_bytes(monitor, &plan.disk.qom_path).await?;
     let size_bytes = plan.disk.size_bytes;
     let readable = plan.sealed.is_some().then(|| {
         let mut readable = ready.needed.clone();
@@ -64,7 +76,7 @@ pub(super) async fn leave_out(ready: &mut ReadyDisk, plan: &Plan, skip: &[Skip])
             continue;
         }
         if table.is_none() {
-            table = Some(reading.ask(|look| partition::read(size_bytes, look)).await?);
+            table = Some(reading.ask(|look| partition::read(size_bytes, sector_bytes, look)).await?);
         }
         match &table {
             Some(Ok(partitions)) if skip.what == Wanted::Swap => {
@@ -104,6 +116,17 @@ pub(super) async fn leave_out(ready: &mut ReadyDisk, plan: &Plan, skip: &[Skip])
     }
     areas.kept.truncate(MAX_AREAS);
     Ok(areas)
+}
+
+/// How long the guest takes the disk's sectors to be.
+async fn sector_bytes(monitor: &Monitor, qom_path: &str) -> Result<u64, Failure> {
+    let arguments = json!({"path": qom_path, "property": "logical_block_size"});
+    match monitor.raw("qom-get", arguments).await {
+        Ok(said) => Ok(said.as_u64().filter(|bytes| *bytes > 0).unwrap_or(SECTOR_BYTES)),
+        // A device without such a choice.
+        Err(error) if error.refusal().is_some() => Ok(SECTOR_BYTES),
+        Err(error) => Err(qemu_failed(error)),
+    }
 }
 
 /// What a partition is, for people.
@@ -208,7 +231,6 @@ impl Reading<'_> {
 
     /// Reads some bytes; none where the fleece does not have them.
     async fn fetch(&mut self, extent: Extent) -> Result<Option<Vec<u8>>, Failure> {
-        const SECTOR_BYTES: u64 = 512;
         let start = extent.offset_bytes / SECTOR_BYTES * SECTOR_BYTES;
         let end = extent.end().next_multiple_of(SECTOR_BYTES).min(self.size_bytes);
         let sectors = Extent::between(start, end);

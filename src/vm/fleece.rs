@@ -16,7 +16,9 @@
 //!    `cont`), and disks that were written to since are done anew. The filters are put above the disks, old bitmaps
 //!    are disabled.
 //! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
-//!    instant, could not be read back, and the instant is taken again; the third time without a limit.
+//!    instant, could not be read back, and the instant is taken again, with the guest stopped for it whatever the number of
+//!    disks: one that writes without a pause would make each try fail, and then all of the disk be copied. Should that fail too,
+//!    the third try has no limit.
 //! 4. **Harvest**: the old bitmap is merged into one on the helper node, read ([`harvest`](super::harvest)), and given to the log.
 //! 5. **Show**: a snapshot node and an export for each disk.
 
@@ -108,7 +110,7 @@ impl Fleece {
         let mut this = Self { bench, disks, chunk_bytes, harvester, instant, stopped };
         this.prepare().await?;
         for attempt in 0.. {
-            this.take_instant(quiet).await?;
+            this.take_instant(quiet, attempt > 0).await?;
             fault::point("fleece.instant");
             if let Some(why) = this.bench.scratch.exhausted() {
                 return Err(Failure::new(FailureCode::NoSpace, why));
@@ -201,16 +203,17 @@ impl Fleece {
         Ok(())
     }
 
-    /// Step 2. Whatever fails, the guest is let go.
-    async fn take_instant(&mut self, quiet: &mut Quiet) -> Result<(), Failure> {
+    /// Step 2. Whatever fails, the guest is let go. `again`: a write fell between, and must not fall there once more.
+    async fn take_instant(&mut self, quiet: &mut Quiet, again: bool) -> Result<(), Failure> {
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() && !self.disks[i].limited {
                 self.add_filter(i).await.map_err(qemu_failed)?;
             }
         }
         let monitor = self.bench.monitor.clone();
-        let several = self.disks.iter().filter(|d| d.has_filter()).count() > 1;
-        let stop = several && run_state(&monitor).await.map_err(qemu_failed)? == "running";
+        let filters = self.disks.iter().filter(|d| d.has_filter()).count();
+        let stands = filters > 1 || again && filters > 0;
+        let stop = stands && run_state(&monitor).await.map_err(qemu_failed)? == "running";
         let guardian = match stop {
             true => Some(
                 Guardian::spawn(monitor.address()).map_err(|e| internal(format!("cannot start the guardian: {e}")))?,
@@ -222,13 +225,30 @@ impl Fleece {
             let images = self.disks.iter().filter_map(|d| Some(PathBuf::from(&d.plan.disk.chain.first()?.filename)));
             undo::sync_files(images.collect()).await;
         }
-        let inserted = match (quiet.enter().await, guardian) {
-            (Err(failure), _) => Err(failure),
-            (Ok(()), None) => self.insert().await.map_err(qemu_failed),
-            (Ok(()), Some(guardian)) => self.stop_and_insert(&monitor, guardian).await,
+        let inserted = match quiet.enter().await {
+            Err(failure) => Err(failure),
+            Ok(()) => self.insert_quietly(&monitor, stands, guardian).await,
         };
         quiet.leave(inserted.as_ref().map(drop).map_err(|failure| failure.message.clone())).await;
         inserted
+    }
+
+    /// The guest may have been stopped or let go by its owner while it was made quiet.
+    async fn insert_quietly(
+        &mut self,
+        monitor: &Monitor,
+        stands: bool,
+        guardian: Option<Guardian>,
+    ) -> Result<(), Failure> {
+        let runs = stands && run_state(monitor).await.map_err(qemu_failed)? == "running";
+        match guardian {
+            Some(guardian) if runs => self.stop_and_insert(monitor, guardian).await,
+            None if runs => {
+                let words = "the guest was let go while the instant was prepared; try again";
+                Err(Failure::new(FailureCode::Busy, words))
+            }
+            _ => self.insert().await.map_err(qemu_failed),
+        }
     }
 
     async fn stop_and_insert(&mut self, monitor: &Monitor, mut guardian: Guardian) -> Result<(), Failure> {

@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | [`Debt::Cont`] | `stop` for an instant | `cont` at the monitor, if the guest is paused still |
 //! | [`Debt::Thaw`] | file systems frozen | a thaw at the agent, see [`quiet`](super::quiet) |
-//! | [`Debt::Quit`] | QEMU was told to stay when the guest powers off, for our harvest | QEMU is told to end by itself again; if the guest has powered off already, `quit` |
+//! | [`Debt::Quit`] | QEMU was told to stay when the guest powers off, for our harvest | QEMU is told to end by itself again; if the guest has powered off already, or was stopped to be ended, `quit` |
 //!
 //! The last debt lives as long as the sidecar. QEMU is told to end by itself first and looked at afterwards: a guest
 //! that powers off in between takes QEMU with it, and one that was reset meanwhile runs on.
@@ -23,7 +23,6 @@
 //! while the guardian still waits for the monitor: the file of a `quit` holds its guardian's process id, and a guardian
 //! whose file is gone or another's owes nothing.
 
-use std::future::Future;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -46,8 +45,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The sidecar's end.
 #[derive(Debug)]
 pub struct Guardian {
-    child: Child,
-    pipe: ChildStdin,
+    /// Both are there until it is dropped.
+    child: Option<Child>,
+    pipe: Option<ChildStdin>,
+    pid: u32,
+}
+
+/// Its pipe closes, and it pays what it owes. Nobody waits for its end: a database may be held still.
+impl Drop for Guardian {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        if let Some(mut child) = self.child.take() {
+            std::thread::spawn(move || child.wait());
+        }
+    }
 }
 
 impl Guardian {
@@ -62,26 +73,27 @@ impl Guardian {
         }
         let mut child = command.spawn()?;
         let pipe = child.stdin.take().ok_or_else(|| std::io::Error::other("no pipe to the guardian"))?;
-        Ok(Self { child, pipe })
+        Ok(Self { pid: child.id(), child: Some(child), pipe: Some(pipe) })
     }
 
     /// From now on the guardian owes this debt, which is written down in this file too. Call it before the step.
     pub fn owe(&mut self, debt: Debt, file: &Path) -> std::io::Result<()> {
         let line = [b"owe ", debt.name().as_bytes(), b" ", file.as_os_str().as_encoded_bytes(), b"\n"].concat();
-        self.pipe.write_all(&line)
+        self.tell(&line)
     }
 
     /// What the file of [`Debt::Quit`] holds.
     pub fn token(&self) -> String {
-        self.child.id().to_string()
+        self.pid.to_string()
     }
 
     /// The debt is paid. Call it after the inverse.
     pub fn paid(mut self) {
-        let _ = self.pipe.write_all(b"paid\n");
-        drop(self.pipe);
-        // Nobody waits for its end: a database may be held still.
-        std::thread::spawn(move || self.child.wait());
+        let _ = self.tell(b"paid\n");
+    }
+
+    fn tell(&mut self, line: &[u8]) -> std::io::Result<()> {
+        self.pipe.as_mut().map_or(Ok(()), |pipe| pipe.write_all(line))
     }
 }
 
@@ -109,9 +121,12 @@ pub async fn run(address: &Address) {
         Some((Debt::Quit, file)) => {
             let token = std::process::id().to_string();
             let still = || std::fs::read_to_string(&file).is_ok_and(|content| content == token);
-            until_paid(address, still, quit).await;
+            let ending = file.with_file_name("owed-end");
+            until_paid(address, still, async |monitor| undo::let_power_off(&monitor, ending.exists()).await.map(drop))
+                .await;
             if still() {
                 let _ = std::fs::remove_file(&file);
+                let _ = std::fs::remove_file(ending);
                 // Empty unless a session left something: then it is the next start's.
                 let _ = file.parent().map(std::fs::remove_dir);
             }
@@ -121,10 +136,10 @@ pub async fn run(address: &Address) {
 }
 
 /// Tries until it is paid, QEMU is gone, or nothing is owed any more.
-async fn until_paid<F: Future<Output = Result<(), MonitorError>>>(
+async fn until_paid(
     address: &Address,
     still: impl Fn() -> bool,
-    pay: impl Fn(Monitor) -> F,
+    pay: impl AsyncFn(Monitor) -> Result<(), MonitorError>,
 ) {
     let mut pause = Duration::from_millis(20);
     while still() {
@@ -148,10 +163,6 @@ async fn cont(monitor: Monitor) -> Result<(), MonitorError> {
         monitor.raw("cont", json!({})).await?;
     }
     Ok(())
-}
-
-async fn quit(monitor: Monitor) -> Result<(), MonitorError> {
-    undo::let_power_off(&monitor).await.map(drop)
 }
 
 fn ignore_signals() {

@@ -39,7 +39,7 @@ use super::undo::{self, Debt, Debts};
 use super::{Vm, carry, fleece, internal, persist, qemu_failed};
 use crate::checkpoint::{Closed, Log, LogError, Sealed, Stamp};
 use crate::machine::Verdict;
-use crate::monitor::{self, Event, Process};
+use crate::monitor::{self, Event, MonitorError, Process};
 use crate::units::{CheckpointId, EpochId, GRANULE_BYTES};
 use crate::wire::message::{Failure, FailureCode};
 
@@ -53,6 +53,8 @@ const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 const EXITS_WITHIN: Duration = Duration::from_secs(120);
 /// How long a QEMU whose monitor has closed may take to be gone.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
+/// How often a machine is looked at whose events may have told nothing: QEMU may not have answered when they came.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Backups at power-off are told with these words.
 const BACKUP_TOO_LONG: &str = "the guest powered off, and the backup was not done 30 s later";
 
@@ -163,7 +165,7 @@ impl Vm {
     /// Keeps the VM until QEMU has ended, or `parting` says to part from it. At a power-off it does what
     /// [`VmOptions::power_off`](super::VmOptions) says. Must not be dropped half-way. Gives whether QEMU has ended.
     pub async fn tend(&self, hold: Hold, parting: impl Future<Output = Parting>) -> bool {
-        let Hold(hold) = hold;
+        let Hold(mut hold) = hold;
         let mut events = self.monitor().subscribe();
         let mut sessions = self.inner.sessions.subscribe();
         let (mut taken, mut why, mut cause) = (None, None, None);
@@ -194,16 +196,29 @@ impl Vm {
                     Err(broadcast::error::RecvError::Lagged(_)) => taken = None,
                     Err(broadcast::error::RecvError::Closed) => break,
                 },
+                // It may be off without our having been able to see it, or to say `quit`.
+                () = tokio::time::sleep(LOOK_AGAIN_AFTER), if self.harvests() && !quitting => {
+                    if hold.is_some() {
+                        taken = None;
+                    }
+                }
                 // A backup of a machine that is off took a checkpoint, or broke what was taken.
                 Ok(()) = sessions.changed(), if !quitting => taken = None,
                 how = &mut parting, if !end && !quitting => {
-                    if how == Parting::LetGo && (hold.is_none() || self.let_go().await) {
-                        if let Some(guardian) = hold {
-                            self.settle_hold(guardian).await;
+                    if how == Parting::LetGo {
+                        let Some(guardian) = hold else { return false };
+                        match self.let_go().await {
+                            Ok(false) => self.settle_hold(guardian).await,
+                            // The guardian tells it, as soon as it listens.
+                            Err(_) => drop(guardian),
+                            Ok(true) => {
+                                (hold, end, taken) = (Some(guardian), true, None);
+                                continue;
+                            }
                         }
                         return false;
                     }
-                    end = true;
+                    (end, taken) = (true, None);
                 }
             }
         }
@@ -214,27 +229,34 @@ impl Vm {
         };
         let end = if quitting { End::Ours } else { End::Others };
         let gone = self.write_ends(taken, end, &words).await;
-        if let Some(guardian) = hold {
-            self.settle_hold(guardian).await;
+        if gone {
+            Debts::new(&self.inner.place.sockets).paid(Debt::End);
+            if let Some(guardian) = hold {
+                self.settle_hold(guardian).await;
+            }
         }
+        // Else the monitor is lost and QEMU lives: the guardian pays, if nobody attaches again.
         gone
     }
 
     /// Pays the `quit` that a dead sidecar and its guardian left, unless this one takes it over.
     pub(super) async fn pay_quit(&self) -> Result<(), Failure> {
         let debts = Debts::new(&self.inner.place.sockets);
-        if self.harvests() || !debts.owed(Debt::Quit) {
+        let ending = debts.owed(Debt::End);
+        if !ending && (self.harvests() || !debts.owed(Debt::Quit)) {
             return Ok(());
         }
-        let ended = undo::let_power_off(self.monitor()).await.map_err(qemu_failed)?;
+        let ended = undo::let_power_off(self.monitor(), ending).await.map_err(qemu_failed)?;
         debts.paid(Debt::Quit);
-        match ended {
-            false => Ok(()),
-            true => Err(Failure::new(
-                FailureCode::Qemu,
-                "the guest had powered off, and QEMU waited for a livebackup that was killed; it was ended now",
-            )),
-        }
+        debts.paid(Debt::End);
+        let words = match (ended, ending) {
+            (false, _) => return Ok(()),
+            (true, false) => {
+                "the guest had powered off, and QEMU waited for a livebackup that was killed; it was ended now"
+            }
+            (true, true) => "the virtual machine was being ended by a livebackup that was killed; it was ended now",
+        };
+        Err(Failure::new(FailureCode::Qemu, words))
     }
 
     fn harvests(&self) -> bool {
@@ -263,7 +285,17 @@ impl Vm {
         let mut guardian = Guardian::spawn(self.monitor().address()).map_err(failed)?;
         debts.owe_with(Debt::Quit, &guardian.token()).map_err(internal)?;
         guardian.owe(Debt::Quit, &debts.path(Debt::Quit)).map_err(failed)?;
-        self.monitor().raw("set-action", json!({"shutdown": "pause"})).await.map_err(qemu_failed)?;
+        match self.monitor().raw("set-action", json!({"shutdown": "pause"})).await {
+            Err(refused) if refused.refusal().is_some() => {
+                self.settle_hold(guardian).await;
+                return Err(qemu_failed(refused));
+            }
+            // It may do so yet, and would wait for us then.
+            Err(late) => {
+                tracing::warn!(vm = self.inner.name, "QEMU was told to wait at power-off, and has not answered: {late}")
+            }
+            Ok(_) => {}
+        }
         crate::fault::point("power.held");
         Ok(Hold(Some(guardian)))
     }
@@ -278,13 +310,19 @@ impl Vm {
         monitor::run_state(self.monitor()).await.is_ok_and(|state| state == "prelaunch")
     }
 
-    /// Takes [`Vm::hold`] back. False when the guest has powered off at this very moment: QEMU is still there then.
-    async fn let_go(&self) -> bool {
+    /// Takes [`Vm::hold`] back. True when the guest has powered off at this very moment: QEMU is still there then.
+    async fn let_go(&self) -> Result<bool, MonitorError> {
         let told = self.monitor().raw("set-action", json!({"shutdown": "poweroff"})).await;
-        if let Err(error) = &told {
-            tracing::warn!(vm = self.inner.name, "QEMU was not told to end by itself at power-off: {error}");
-        }
-        told.is_err() || !self.is_off().await
+        let off = match told {
+            Ok(_) => monitor::run_state(self.monitor()).await.map(|state| state == "shutdown"),
+            Err(error) => Err(error),
+        };
+        off.inspect_err(|error| {
+            tracing::warn!(
+                vm = self.inner.name,
+                "QEMU was not told to end by itself at power-off, it is tried on: {error}"
+            );
+        })
     }
 
     /// The debt of [`Vm::hold`] is paid.
@@ -325,7 +363,9 @@ impl Vm {
         let monitor = self.monitor();
         let state = monitor::run_state(monitor).await.map_err(qemu_failed)?;
         if stop && state == "running" {
+            Debts::new(&self.inner.place.sockets).owe(Debt::End).map_err(internal)?;
             monitor.raw("stop", json!({})).await.map_err(qemu_failed)?;
+            crate::fault::point("power.stopped");
         }
         self.clean_up_now().await?;
         let mut leaving = self.leaving().await?;
@@ -351,6 +391,10 @@ impl Vm {
         for mut disk in leaving {
             let name = self.names().since(disk.next);
             if fleece::count(&nodes, &disk.node, &name) != Some(0) {
+                if monitor::run_state(monitor).await.map_err(qemu_failed)? == "running" {
+                    let words = "the guest ran on while its last bitmaps were taken";
+                    return Err(Failure::new(FailureCode::Busy, words));
+                }
                 disk.log.end_epoch("something wrote to the disk after the guest had powered off").map_err(internal)?;
                 continue;
             }

@@ -250,7 +250,7 @@ impl Vm {
             let mut ready = transfer::ready(fleece, i, needed, chunk_bytes, transport, pace.clone()).await?;
             let plan = &fleece.disks[i].plan;
             let areas = match leaves_out {
-                true => Some(areas::leave_out(&mut ready, plan, &self.inner.options.skip).await?),
+                true => Some(areas::leave_out(self.monitor(), &mut ready, plan, &self.inner.options.skip).await?),
                 false => None,
             };
             let needed_bytes = ready.needed.count_bytes();

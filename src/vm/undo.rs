@@ -38,6 +38,9 @@ const MAX_FILTERS: usize = 8;
 /// How long a hard-deleted export may take to go.
 const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
 
+/// How long flushing images from outside may take. What is left of it QEMU does.
+const SYNCS_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long a reader that left may take to be let go.
 const READER_GOES_WITHIN: Duration = Duration::from_secs(5);
 
@@ -52,6 +55,8 @@ pub enum Debt {
     Thaw,
     /// QEMU stays when the guest powers off, because we told it to.
     Quit,
+    /// The guest is stopped by us because the virtual machine is to end: `quit` follows.
+    End,
     /// Histograms are switched on by us.
     Histogram,
 }
@@ -64,6 +69,7 @@ impl Debt {
             Debt::Nbd => "nbd",
             Debt::Thaw => "thaw",
             Debt::Quit => "quit",
+            Debt::End => "end",
             Debt::Histogram => "histogram",
         }
     }
@@ -138,12 +144,14 @@ pub async fn resume(monitor: &Monitor, debts: &Debts) -> Result<bool, MonitorErr
     Ok(paused)
 }
 
-/// Lets QEMU end by itself again when the guest powers off; if the guest has done so already, ends it. Says whether it
-/// did.
-pub async fn let_power_off(monitor: &Monitor) -> Result<bool, MonitorError> {
+/// Lets QEMU end by itself again when the guest powers off; if the guest has done so already, ends it; likewise a stopped one
+/// whose virtual machine was `ending`. Says whether it did.
+pub async fn let_power_off(monitor: &Monitor, ending: bool) -> Result<bool, MonitorError> {
     monitor.raw("set-action", json!({"shutdown": "poweroff"})).await?;
-    if monitor.raw("query-status", json!({})).await?["status"] != "shutdown" {
-        return Ok(false);
+    match monitor.raw("query-status", json!({})).await?["status"].as_str() {
+        Some("shutdown") => {}
+        Some("paused") if ending => {}
+        _ => return Ok(false),
     }
     match monitor.raw("quit", json!({})).await {
         // It may be gone before its answer is.
@@ -241,11 +249,9 @@ impl Undo<'_> {
                 out.extend(self.note(format!("filter {filter}"), below)?.map(|below| (filter, below)));
             }
         }
-        for (filter, below) in out {
-            // The guest is free of the filter; only deleting it flushes.
-            if let Some(path) = below.and_then(|below| image_of(&all, &below)) {
-                sync_files(vec![path]).await;
-            }
+        // The guest is free of the filters; only deleting them flushes.
+        sync_files(out.iter().filter_map(|(_, below)| image_of(&all, below.as_deref()?)).collect()).await;
+        for (filter, _) in out {
             let deleted = monitor.raw("blockdev-del", json!({"node-name": filter})).await;
             if self.note(format!("filter {filter}"), deleted)?.is_some() {
                 self.removed.push(format!("filter {filter}"));
@@ -412,7 +418,7 @@ fn image_of(nodes: &Value, node: &str) -> Option<PathBuf> {
     found["file"].as_str().map(PathBuf::from)
 }
 
-/// `fdatasync` of files that QEMU has open, as far as they are files of this host.
+/// `fdatasync` of files that QEMU has open, as far as they are files of this host. On storage that hangs it goes on without.
 pub async fn sync_files(paths: Vec<PathBuf>) {
     let sync = move || {
         for path in paths {
@@ -421,7 +427,9 @@ pub async fn sync_files(paths: Vec<PathBuf>) {
             }
         }
     };
-    let _ = tokio::task::spawn_blocking(sync).await;
+    if tokio::time::timeout(SYNCS_WITHIN, tokio::task::spawn_blocking(sync)).await.is_err() {
+        tracing::warn!("the images were not flushed from outside within {} s", SYNCS_WITHIN.as_secs());
+    }
 }
 
 async fn named_nodes(monitor: &Monitor, names: &Names) -> Result<Vec<String>, MonitorError> {

@@ -83,7 +83,8 @@ impl Appender<'_> {
                 let pack = self.store(disk, &chunks, &given, &made)?;
                 self.stats[disk].data_bytes += done.extent.len_bytes;
                 // The bytes are in the file: let the source and the next puts have the room.
-                drop((given, made, done.permit));
+                self.shared.give_back(made);
+                drop((given, done.permit));
                 let digests: Vec<_> = chunks.into_iter().map(|chunk| chunk.digest).collect();
                 let record = || encode_digests(done.disk.0, first_chunk, &digests);
                 self.shared.durable_with(pack, done.disk, done.extent, record)?;

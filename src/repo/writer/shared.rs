@@ -34,7 +34,12 @@ pub(super) struct Shared {
     stopped: AtomicBool,
     finishing: AtomicBool,
     finished: Mutex<Finished>,
+    /// Buffers that nobody uses.
+    buffers: Mutex<Vec<Vec<u8>>>,
 }
+
+/// Most buffers that are kept: as many as the threads have at a time, and some on their way.
+const MAX_BUFFERS: usize = 16;
 
 /// Extents that wait for a data pack to be durable. Packs are numbered from 1 in the order in which they are made durable.
 struct Waiting {
@@ -70,6 +75,7 @@ impl Shared {
             stopped: AtomicBool::new(false),
             finishing: AtomicBool::new(false),
             finished: Mutex::default(),
+            buffers: Mutex::default(),
         }
     }
 
@@ -98,6 +104,28 @@ impl Shared {
 
     pub fn set_index(&self, index: IndexSet) {
         *self.index.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(index);
+    }
+
+    /// A buffer of this many bytes at least. What is in it is anybody's.
+    pub fn buffer(&self, bytes: usize) -> Vec<u8> {
+        let mut free = lock(&self.buffers);
+        match free.iter().position(|buffer| buffer.len() >= bytes) {
+            Some(at) => free.swap_remove(at),
+            None => vec![0; bytes],
+        }
+    }
+
+    /// Keeps a buffer for the next who needs one.
+    pub fn give_back(&self, buffer: Vec<u8>) {
+        let mut free = lock(&self.buffers);
+        if buffer.is_empty() {
+            return;
+        }
+        if free.len() < MAX_BUFFERS {
+            free.push(buffer);
+        } else if let Some(smaller) = free.iter_mut().find(|other| other.len() < buffer.len()) {
+            *smaller = buffer;
+        }
     }
 
     /// Records how a thread ended.

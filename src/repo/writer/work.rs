@@ -129,7 +129,7 @@ fn data(
     bytes: Bytes,
 ) -> Result<Outcome, RepoError> {
     let mut chunks = Vec::with_capacity(bytes.len().div_ceil(chunk_bytes));
-    packer.used = 0;
+    packer.begin(shared, bytes.len());
     for (i, raw) in bytes.chunks(chunk_bytes).enumerate() {
         let as_it_is = Place::New { from: From::Given, at: i * chunk_bytes, len: raw.len(), codec: Codec::Raw };
         chunks.push(chunk(shared, number, i, raw, || packer.pack(raw).unwrap_or(as_it_is))?);
@@ -147,7 +147,7 @@ fn packed(
     plain: &[u8],
 ) -> Result<Outcome, RepoError> {
     let mut chunks = Vec::with_capacity(packed.pieces().len());
-    packer.used = 0;
+    packer.begin(shared, plain.len());
     let mut at = 0;
     for (i, (piece, raw)) in packed.pieces().iter().zip(plain.chunks(chunk_bytes)).enumerate() {
         let len = piece.len as usize;
@@ -189,10 +189,11 @@ fn chunk(
     Ok(Chunk { digest, raw_len: raw.len(), place })
 }
 
-fn outcome(chunks: Vec<Chunk>, bytes: Bytes, packer: &Packer) -> Outcome {
+fn outcome(chunks: Vec<Chunk>, bytes: Bytes, packer: &mut Packer) -> Outcome {
     let keep = chunks.iter().any(|chunk| matches!(chunk.place, Place::New { from: From::Given, .. }));
     let given = if keep { bytes } else { Bytes::new() };
-    Outcome::Data { chunks, given, made: packer.buffer[..packer.used].to_vec() }
+    let made = if packer.used > 0 { std::mem::take(&mut packer.buffer) } else { Vec::new() };
+    Outcome::Data { chunks, given, made }
 }
 
 /// A thread's own decompressor and its buffer.
@@ -222,7 +223,7 @@ impl Unpacking {
     }
 }
 
-/// A thread's own compressor.
+/// A thread's own compressor, and a buffer for what it makes, which goes to the appender and comes back by way of the others.
 struct Packer {
     zstd: Option<codec::Packer>,
     buffer: Vec<u8>,
@@ -231,12 +232,19 @@ struct Packer {
 
 impl Packer {
     fn new(compression: Compression) -> Result<Self, RepoError> {
-        // What is made is no longer than what was put, so this is enough for a put.
-        let buffer = vec![0; MAX_READ_BYTES as usize];
+        let buffer = Vec::new();
         let Compression::Zstd(level) = compression else { return Ok(Self { zstd: None, buffer, used: 0 }) };
         let zstd = codec::Packer::new(level)
             .map_err(|e| RepoError::Refused(format!("zstd cannot be set up with level {level}: {e}")))?;
         Ok(Self { zstd: Some(zstd), buffer, used: 0 })
+    }
+
+    /// Makes room for a put: what is made is no longer than what was put.
+    fn begin(&mut self, shared: &Shared, put_bytes: usize) {
+        self.used = 0;
+        if self.buffer.len() < put_bytes {
+            self.buffer = shared.buffer(put_bytes);
+        }
     }
 
     fn compresses(&self) -> bool {
