@@ -18,8 +18,8 @@
 //! * **Waiting** sleeps for a moment between two looks, so that it does not take the processor from what is measured: a
 //!   latency may come out up to a tenth of a millisecond too long, of every method alike.
 //! * Numbers in the queue are little-endian, as the hosts are that this runs on.
-//! * A doorbell reaches a stopped machine as well, which a guest's never does: a write may fall into the instant of several
-//!   disks. There is one disk here, for which livebackup does not stop the machine.
+//! * A doorbell reaches a stopped machine as well, which a guest's never does: so the load stands still from the event `STOP`
+//!   to `RESUME`. What was rung for just before QEMU sent the event may still fall into the stop.
 //! * **Safety.** Each slot's bytes belong to the driver until they are submitted, and to the device until its answer.
 //!
 //! The device: Virtual I/O Device (VIRTIO) 1.2, sections 2.7 (split queues), 4.1 (PCI) and 5.2 (block).

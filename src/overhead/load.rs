@@ -12,14 +12,18 @@ use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use tokio::sync::broadcast;
+use tokio::task::AbortHandle;
+
 use super::driver::{Ask, Disk, MAX_REQUEST_BYTES};
 use super::error::{DriverError, OverheadError};
 use super::model::{BLOCK_BYTES, Model, Rng};
+use crate::monitor::Event;
 
 /// Lanes of the database: a few transactions commit at the same time.
 const COMMITTERS: usize = 4;
@@ -129,6 +133,8 @@ struct Control {
     wanted: AtomicU8,
     /// The load stays below this block.
     area_blocks: AtomicU64,
+    /// The machine stands still: nothing begins, as in a guest.
+    stands: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -169,6 +175,7 @@ impl Load {
         let control = Arc::new(Control {
             wanted: AtomicU8::new(RUN),
             area_blocks: AtomicU64::new(model.blocks()),
+            stands: AtomicBool::new(false),
             state: Mutex::new(State::Works),
             changed: Condvar::new(),
         });
@@ -190,6 +197,25 @@ impl Load {
     /// From now on only the first blocks are used.
     pub fn stay_below(&self, blocks: u64) {
         self.control.area_blocks.store(blocks.max(1), Ordering::Relaxed);
+    }
+
+    /// Tells the load of `STOP` and `RESUME`, until it is aborted: a guest's processors stand still between them.
+    pub fn follow(&self, mut events: broadcast::Receiver<Event>) -> AbortHandle {
+        let control = self.control.clone();
+        let follow = async move {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.name == "STOP" => control.stands.store(true, Ordering::Relaxed),
+                    Ok(event) if event.name == "RESUME" => control.stands.store(false, Ordering::Relaxed),
+                    Ok(_) => {}
+                    // What was lost may have been either: a load that goes on is seen.
+                    Err(broadcast::error::RecvError::Lagged(_)) => control.stands.store(false, Ordering::Relaxed),
+                    Err(broadcast::error::RecvError::Closed) => break,
+                }
+            }
+            control.stands.store(false, Ordering::Relaxed);
+        };
+        tokio::spawn(follow).abort_handle()
     }
 
     /// Lets all requests be answered, and begins no more; or goes on.
@@ -286,6 +312,7 @@ fn drive(options: &LoadOptions, model: Model, control: &Control, started: Instan
         let wanted = control.wanted.load(Ordering::Relaxed);
         let idle = lanes.asked.iter().all(Option::is_none);
         match wanted {
+            RUN if control.stands.load(Ordering::Relaxed) => last = Instant::now(),
             RUN => lanes.begin_all(control.area_blocks.load(Ordering::Relaxed))?,
             HOLD if idle => {
                 control.wait();

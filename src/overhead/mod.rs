@@ -354,6 +354,7 @@ async fn one(
     let guest = LoadOptions { socket: work.path("qtest"), memory, depth: options.depth, workload, seed };
     let ready = Ready::make(method, work, &scratch).await;
     let load = Load::start(guest, model)?;
+    let follower = load.follow(rig.monitor.subscribe());
     if method == Method::Acknowledged {
         load.stay_below(options.half_bytes() / BLOCK_BYTES as u64);
     }
@@ -363,6 +364,7 @@ async fn one(
     };
     load.hold(false).await?;
     let ended = load.stop().await;
+    follower.abort();
     let mut result = match (ended, outcome, ready) {
         (Err(error), ..) => return Err(error),
         (Ok(loaded), Ok(Some((before, outcome, after))), Ok(ready)) => {

@@ -41,6 +41,9 @@ const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// How often the monitor is asked whether QEMU still answers, and how long it may take: no command may take longer.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+const QEMU_ENDED: &str = "QEMU ended, or closed its monitor, during the backup";
+/// How much later than its other sockets QEMU's monitor may close.
+const CLOSES_WITHIN: Duration = Duration::from_millis(200);
 /// How long a scratch may take to answer before it counts as hung.
 const SCRATCH_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// How long a session's end waits for QEMU to let everything go; then it is tried in the background.
@@ -163,13 +166,26 @@ impl Vm {
         let Inner { options, .. } = &*self.inner;
         let dir = options.scratch.clone().unwrap_or_else(|| options.state.join("scratch"));
         let scratch = Scratch::new(ScratchDir::open(&dir, options.scratch_budget_bytes)?);
-        let opened = self.open_with(begin, scratch.clone()).await;
-        if opened.is_err() {
-            for warning in self.tear_down(&scratch, true).await {
-                tracing::error!(vm = self.inner.name, "{warning}");
+        match self.open_with(begin, scratch.clone()).await {
+            Ok(opened) => Ok(opened),
+            Err(failure) => {
+                let failure = self.explained(failure).await;
+                for warning in self.tear_down(&scratch, true).await {
+                    tracing::error!(vm = self.inner.name, "{warning}");
+                }
+                Err(failure)
             }
         }
-        opened
+    }
+
+    /// Says so of a failure that the end of QEMU brought about: a socket of its may tell of that before its monitor does.
+    async fn explained(&self, failure: Failure) -> Failure {
+        let may_be = matches!(failure.code, FailureCode::Qemu | FailureCode::Internal | FailureCode::Broken);
+        let is_said = failure.message.starts_with(QEMU_ENDED);
+        if !may_be || is_said || tokio::time::timeout(CLOSES_WITHIN, self.closed()).await.is_err() {
+            return failure;
+        }
+        Failure { message: format!("{QEMU_ENDED} ({})", failure.message), ..failure }
     }
 
     async fn open_with(&self, begin: &Begin, scratch: Scratch) -> Result<Opened, Failure> {
@@ -360,6 +376,10 @@ impl Vm {
                 () = sending::listen(&disks, from_client, to_sending) => Err(transfer::left()),
             }
         };
+        let outcome = match outcome {
+            Err(failure) => Err(self.explained(failure).await),
+            sent => sent,
+        };
         totals.transfer_us = start.elapsed().as_micros() as u64;
         meter.look(&scratch.used_by_disk());
         totals.scratch_peak_bytes = meter.scratch_peak_bytes();
@@ -440,7 +460,7 @@ impl Vm {
         tokio::select! {
             failure = look => failure,
             failure = ask => failure,
-            () = self.closed() => Failure::new(FailureCode::Qemu, "QEMU ended, or closed its monitor, during the backup"),
+            () = self.closed() => Failure::new(FailureCode::Qemu, QEMU_ENDED),
         }
     }
 
