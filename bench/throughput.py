@@ -294,6 +294,13 @@ def machine_text():
     version = subprocess.run([QEMU, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return f"{os.cpu_count()} cores ({cpu}), {memory} GiB memory, Linux {platform.release()}, {version}"
 
+def torture():
+    """The longest run of the torture test, as its own file says."""
+    with open(f"{HERE}/TORTURE.md") as f:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| 20")]
+    runs = "; ".join(f"{rounds} rounds on QEMU {qemu} ({when} UTC), {points} restore points, {wrong} wrong" for when, qemu, rounds, points, wrong, *_ in rows)
+    return f"The longest runs of the torture test so far ([TORTURE.md](TORTURE.md)): {runs}.\n"
+
 def write_report(bench, args, zstd_mib, load, began):
     results = bench.results
     lines = [f"Date: {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(began))}; {args.runs} runs in turn, medians; {DATA} MiB of data, {SCATTERED} MiB scattered.",
@@ -311,7 +318,7 @@ def write_report(bench, args, zstd_mib, load, began):
                    "bars": [{"met": m, "bar": w} for m, w in met], "notes": bench.notes}, f, indent=1)
     if not args.only:
         with open(f"{HERE}/RESULTS.md", "w") as f:
-            f.write("# What the last `make bench-throughput` measured\n\nMeans of the columns and the bars: [README.md](README.md).\n\n```\n" + body + "```\n")
+            f.write("# What the last `make bench-throughput` measured\n\nMeans of the columns and the bars: [README.md](README.md).\n\n```\n" + body + "```\n\n" + torture())
 
 def main():
     parser = argparse.ArgumentParser()
