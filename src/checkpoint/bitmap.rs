@@ -75,6 +75,7 @@ impl Bitmap {
     }
 
     /// Sets the granules `first..past`, which the disk has.
+    #[inline]
     pub(super) fn set_granules(&mut self, first: u64, past: u64) {
         debug_assert!(past <= self.granules());
         let words = self.words_mut();
@@ -101,6 +102,7 @@ impl Bitmap {
         Some(())
     }
 
+    #[inline]
     fn words_mut(&mut self) -> &mut [u64] {
         self.bits.as_raw_mut_slice()
     }

@@ -72,6 +72,8 @@ fn put(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
+// Called for every run of every checkpoint: a call costs more than what it does.
+#[inline(always)]
 fn take(from: &mut &[u8]) -> Option<u64> {
     // Nearly all have one byte or two. Which of both is anybody's guess, and a processor's wrong guess costs more than the rest.
     if let [low, high, ..] = from[..]
@@ -81,6 +83,12 @@ fn take(from: &mut &[u8]) -> Option<u64> {
         *from = &from[1 + usize::from(more)..];
         return Some(u64::from(low & 0x7f) | ((u64::from(high) << 7) * u64::from(more)));
     }
+    take_any(from)
+}
+
+/// A number of any length.
+#[cold]
+fn take_any(from: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for at in 0..MAX_VARINT_BYTES {
         let byte = *from.get(at)?;
