@@ -142,10 +142,7 @@ def deduplicators(b, machine, payload):
     b.quiet(PROGRAM, "--json", "backup", f"qmp:{machine.monitor}", repo, *b.state)
     mine, b.state = b.state, ["--state", f"{b.work}/state-of-another", "--scratch", f"{b.work}/scratch"]
     b.quiet(PROGRAM, "detach", f"qmp:{machine.monitor}", *mine)
-    def scan():
-        cost, paths = b.backup(machine, repo)
-        return cost, paths
-    b.record("unchanged, livebackup by scan", payload, scan)
+    b.record("unchanged, livebackup by scan", payload, lambda: b.backup(machine, repo))
     b.quiet(PROGRAM, "detach", f"qmp:{machine.monitor}", *b.state)
     b.state = mine
     shutil.rmtree(repo)

@@ -121,7 +121,7 @@ pub async fn run(address: &Address) {
         Some((Debt::Quit, file)) => {
             let token = std::process::id().to_string();
             let still = || std::fs::read_to_string(&file).is_ok_and(|content| content == token);
-            let ending = file.with_file_name("owed-end");
+            let ending = file.with_file_name(Debt::End.file_name());
             until_paid(address, still, async |monitor| undo::let_power_off(&monitor, ending.exists()).await.map(drop))
                 .await;
             if still() {

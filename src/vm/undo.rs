@@ -73,6 +73,11 @@ impl Debt {
             Debt::Histogram => "histogram",
         }
     }
+
+    /// The name of the file that stands for it.
+    pub fn file_name(self) -> String {
+        format!("owed-{}", self.name())
+    }
 }
 
 /// The debts of one VM.
@@ -89,7 +94,7 @@ impl Debts {
 
     /// The file that stands for a debt.
     pub fn path(&self, debt: Debt) -> PathBuf {
-        self.dir.join(format!("owed-{}", debt.name()))
+        self.dir.join(debt.file_name())
     }
 
     /// Writes a debt down. Call it before the step.

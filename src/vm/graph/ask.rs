@@ -20,8 +20,8 @@ const TRIES: usize = 4;
 /// How long the files of the disks may take to tell who they are (a dead network file system never does).
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(3);
 
-/// Finds a machine's disks and block graph. `owner_prefix` is `livebackup-<owner8>-`; `board` remembers what cannot change
-/// from one call to the next of the same QEMU.
+/// Finds a machine's disks and block graph. `owner_prefix` is `livebackup-<owner8>-`; `board` remembers the
+/// devices from one call to the next of the same QEMU.
 pub async fn discover(monitor: &Monitor, owner_prefix: &str, board: &mut Board) -> Result<Graph, GraphError> {
     let mut tried = 1;
     loop {
