@@ -1,9 +1,10 @@
 //! The budget: a backup reads no faster than allowed, slows down when the guest's writes wait for it, and gives way when that
-//! does not help. The disk stands behind one of QEMU's throttles, which makes it as slow as the test wants.
+//! does not help. The disk, or the scratch, is behind one of QEMU's throttles, which makes it as slow as the test wants.
 
 #![allow(clippy::unwrap_used)]
 
 mod common;
+use common::slow::SlowFiles;
 use common::*;
 
 use std::sync::Arc;
@@ -156,4 +157,77 @@ async fn a_backup_gives_way_to_the_guest_qemu_10() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_gives_way_to_the_guest_qemu_7() {
     gives_way(Version::V7).await;
+}
+
+/// The scratch's device gets slow, and each write of the guest to a place that was not copied yet waits for it.
+async fn gives_way_for_its_scratch(version: Version) {
+    const DISK_MIB: u64 = 64;
+    const CLUSTER: u64 = 64 << 10;
+    /// Writes in a second of the scratch's device; one cluster needs some, for the file system writes its own things too.
+    const SCRATCH: u32 = 40;
+    let mut qemu = start(version, DISK_MIB);
+    let mut files = SlowFiles::new(600);
+    let address = qemu.socket().to_str().unwrap().parse().unwrap();
+    let options = VmOptions { state: qemu.path("state"), scratch: Some(files.mount.clone()), ..VmOptions::default() };
+    let vm = Vm::attach(&address, options).await.unwrap();
+    let mut begin = Begin { vm: "vm1".into(), chunk_bytes: 64 << 10, checkpoint: true, ..Begin::default() };
+    begin.budget.max_added_write_latency_ms = Some(5);
+    let mut session = vm.begin(begin.clone()).await.unwrap();
+    files.throttle(SCRATCH);
+    let stop = Arc::new(AtomicBool::new(false));
+    let until = stop.clone();
+    // From the end on, where nothing is read yet: a cluster each.
+    let writing = tokio::task::spawn_blocking(move || {
+        let mut written = vec![];
+        for cluster in (1..DISK_MIB * MIB / CLUSTER).rev().take_while(|_| !until.load(Ordering::Relaxed)) {
+            qemu.qemu_io(PATH, &format!("aio_write -q -P {PATTERN} {} 4k", cluster * CLUSTER));
+            written.push(cluster * CLUSTER);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        qemu.qemu_io(PATH, "aio_flush");
+        (qemu, written)
+    });
+    // A client that takes its time: the session is not over before.
+    let failure = loop {
+        match session.events.recv().await.expect("an event") {
+            Ok(Event::Sent | Event::End(_)) => break None,
+            Ok(_) => tokio::time::sleep(Duration::from_secs(3)).await,
+            Err(failure) => break Some(failure),
+        }
+    };
+    stop.store(true, Ordering::Relaxed);
+    let (mut qemu, written) = writing.await.unwrap();
+    let failure = failure.expect("the backup gives way before it is over");
+    assert_eq!(failure.code, FailureCode::GaveWay, "{failure}");
+    assert!(failure.message.contains("--scratch on a faster file system"), "{failure}");
+    vm.idle().await;
+    assert!(qemu.alive() && !qemu.nodes().iter().any(|node| node.starts_with("livebackup-")), "the fleece is gone");
+    let image = std::fs::read(qemu.path("disk0.raw")).unwrap();
+    let missing = written.iter().filter(|at| image[**at as usize..][..4096] != [PATTERN; 4096]);
+    assert_eq!(missing.count(), 0, "the guest's writes are all there");
+    // With the scratch as it should be the next backup goes through.
+    files.throttle(0);
+    let mut session = vm.begin(begin).await.unwrap();
+    let mut read = vec![0; image.len()];
+    loop {
+        match session.events.recv().await.expect("an event").unwrap() {
+            Event::Data { offset_bytes, bytes, .. } => {
+                read[offset_bytes as usize..][..bytes.len()].copy_from_slice(&bytes)
+            }
+            Event::End(_) => break,
+            _ => {}
+        }
+    }
+    assert!(read == image, "what was read is not the disk");
+    vm.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_a_slow_scratch_gives_way_to_the_guest_qemu_10() {
+    gives_way_for_its_scratch(Version::V10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_a_slow_scratch_gives_way_to_the_guest_qemu_7() {
+    gives_way_for_its_scratch(Version::V7).await;
 }

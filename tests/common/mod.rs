@@ -17,6 +17,7 @@ pub mod partitioned;
 pub mod played;
 pub mod proxy;
 pub mod side;
+pub mod slow;
 pub mod tiny;
 
 /// A QEMU version to test with.
