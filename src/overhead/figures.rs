@@ -101,10 +101,9 @@ pub struct Point {
     pub at_s: f64,
     /// Operations in a second.
     pub per_second: f64,
-    /// Of writes.
-    pub p99_us: f64,
-    /// The slowest write.
-    pub max_us: f64,
+    /// Of writes; zeroes where none began.
+    #[serde(flatten)]
+    pub write: Latency,
 }
 
 /// The course of a run over some stretches (ascending), seen from the start of the backup.
@@ -130,12 +129,10 @@ pub fn course(samples: &[Sample], stretches: &[Stretch], zero_ns: u64) -> Vec<Po
             if wide_ns * 4 < bin_ns {
                 continue;
             }
-            let took = latency(writes).unwrap_or_default();
             points.push(Point {
                 at_s: (from_ns + wide_ns / 2) as f64 / 1e9 - zero_ns as f64 / 1e9,
                 per_second: count as f64 / (wide_ns as f64 / 1e9),
-                p99_us: took.p99_us,
-                max_us: took.max_us,
+                write: latency(writes).unwrap_or_default(),
             });
         }
     }
@@ -198,7 +195,7 @@ mod tests {
         let stretches = [Stretch { from_ns: 0, to_ns: second }, Stretch { from_ns: 2 * second, to_ns: 3 * second }];
         let points = course(&samples, &stretches, 2 * second);
         assert_eq!(points.len(), 40);
-        assert!(points.iter().all(|p| (p.per_second - 1000.0).abs() < 1.0 && p.p99_us == 1.0));
+        assert!(points.iter().all(|p| (p.per_second - 1000.0).abs() < 1.0 && p.write.p99_us == 1.0));
         assert!(points.is_sorted_by(|a, b| a.at_s < b.at_s));
         assert!(!points.iter().any(|p| (-1.0..0.0).contains(&p.at_s)));
     }

@@ -1,7 +1,7 @@
 //! The report as one page for a browser: it needs no other file, no script and no network. Pictures are SVG made here.
 //!
 //! For each workload: bars of what was left of the rate, the table, and for each method two pictures over time, of the rate and of
-//! the slow writes (p99), one line for each round. All pictures of a workload have the same scales, so that they can be
+//! how long writes took (p50 to the slowest), with every round in them. All pictures of a workload have the same scales, so that they can be
 //! compared at a glance.
 
 use std::fmt::Write;
@@ -11,15 +11,17 @@ use super::load::Workload;
 use super::report::{Measured, Report, Run, Summary};
 use super::text::micros;
 
-const WIDE: f64 = 440.0;
+const WIDE: f64 = 560.0;
 const HIGH: f64 = 150.0;
 /// Room for the labels of the scales.
-const LEFT: f64 = 58.0;
+const LEFT: f64 = 62.0;
 const BELOW: f64 = 22.0;
 /// A bar's height, and where it begins.
 const BAR: f64 = 20.0;
 const BARS_LEFT: f64 = 130.0;
 const BARS_WIDE: f64 = 900.0;
+/// Labels of an axis that are nearer to one another than this would run into each other.
+const LABEL: f64 = 44.0;
 /// Two points further apart than so many bins are not of one stretch of time.
 const GAP_BINS: f64 = 4.0;
 
@@ -28,17 +30,19 @@ const STYLE: &str = "
   --slow: #c05621; --shade: #f3e9d7; --ours: #2f855a; --theirs: #718096; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e7ef; --paper: #14181f; --faint: #8a93a6; --grid: #2c333f;
   --line: #63b3ed; --slow: #f6ad55; --shade: #2a2a22; --ours: #68d391; --theirs: #a0aec0; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1000px; margin: 2em auto;
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1180px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; } h3 { font-size: 1em; margin: 1.6em 0 .2em; }
 p.faint, figcaption { color: var(--faint); margin: .2em 0; font-size: .9em; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88em; }
-th, td { text-align: right; padding: .2em .7em; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82em; }
+th, td { text-align: right; padding: .2em .6em; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th:nth-child(2), td:nth-child(2) { white-space: normal; min-width: 12em; }
 .pair { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; }
-svg { display: block; max-width: 100%; } svg text { font-size: 11px; fill: var(--faint); } svg text.ink { fill: var(--ink); }
+svg { display: block; max-width: 100%; height: auto; } .wide svg { max-width: none; } svg text { font-size: 11px; fill: var(--faint); } svg text.ink { fill: var(--ink); }
 .grid { stroke: var(--grid); } .shade { fill: var(--shade); }
 .line { fill: none; stroke: var(--line); stroke-opacity: .75; } .slow { fill: none; stroke: var(--slow); stroke-opacity: .75; }
+.slower { fill: none; stroke: var(--slow); stroke-opacity: .6; stroke-dasharray: 2 2; } .band { fill: var(--slow); fill-opacity: .14; }
 .ours { fill: var(--ours); } .theirs { fill: var(--theirs); } .spread { stroke: var(--ink); }
 ";
 
@@ -182,7 +186,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
     out.push_str(
         "medians of the rounds, but the slowest of all. Others' CPUs: processors that other programs kept busy ",
     );
-    out.push_str("meanwhile. Pictures over time have a line for each round; the backup is shaded, for the median of its time.</p>\n");
+    out.push_str("meanwhile. Pictures over time have every round in them, with the same scales; the backup is shaded, for the median of its time.</p>\n");
 }
 
 /// The scales of all pictures of a workload.
@@ -195,7 +199,7 @@ struct Scales {
 fn courses(out: &mut String, report: &Report, workload: Workload, measured: &[(&Summary, &Measured)]) {
     let runs: Vec<_> = report.runs.iter().filter(|run| run.workload == workload.name()).collect();
     let points = || runs.iter().flat_map(|run| &run.course);
-    let took = || points().map(|p| p.p99_us).filter(|us| *us > 0.0);
+    let took = || points().flat_map(|p| [p.write.p50_us, p.write.max_us]).filter(|us| *us > 0.0);
     let scales = Scales {
         most_per_second: points().map(|p| p.per_second).fold(1.0, f64::max),
         least_us: 10f64.powf(took().fold(f64::MAX, f64::min).clamp(1.0, 1e6).log10().floor()),
@@ -211,7 +215,14 @@ fn courses(out: &mut String, report: &Report, workload: Workload, measured: &[(&
     }
 }
 
-/// One picture over time: the rate, or the slow writes on a logarithmic scale.
+/// A round step that cuts a scale into at most five parts.
+fn step(most: f64) -> f64 {
+    let least = (most / 5.0).max(1e-9);
+    let decade = 10f64.powf(least.log10().floor());
+    [1.0, 2.0, 2.5, 5.0, 10.0].map(|n| n * decade).into_iter().find(|step| *step >= least * 0.999).unwrap_or(least)
+}
+
+/// One picture over time: the rate, or how long writes took on a logarithmic scale.
 fn picture(out: &mut String, runs: &[&Run], took_s: f64, scales: &Scales, slow: bool) {
     let times = || runs.iter().flat_map(|run| &run.course).map(|point| point.at_s);
     let (from, to) = (times().fold(0.0, f64::min), times().fold(took_s, f64::max).max(0.1));
@@ -234,27 +245,44 @@ fn picture(out: &mut String, runs: &[&Run], took_s: f64, scales: &Scales, slow: 
     );
     let ticks: Vec<(f64, String)> = match slow {
         true => (0..=decades as i32).map(|n| scales.least_us * 10f64.powi(n)).map(|us| (us, micros(us))).collect(),
-        false => (0..=4).map(|n| scales.most_per_second * f64::from(n) / 4.0).map(|v| (v, format!("{v:.0}"))).collect(),
+        false => {
+            let step = step(scales.most_per_second);
+            let ticks = (0..=5).map(|n| f64::from(n) * step).take_while(|tick| *tick <= scales.most_per_second);
+            ticks.map(|tick| (tick, format!("{tick}"))).collect()
+        }
     };
     for (value, words) in ticks {
         let (at, text, right) = (y(value), y(value) + 4.0, LEFT - 6.0);
         put(out, format_args!("<line class=\"grid\" x1=\"{LEFT}\" x2=\"{WIDE}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\n"));
         put(out, format_args!("<text x=\"{right}\" y=\"{text:.1}\" text-anchor=\"end\">{words}</text>\n"));
     }
-    for at in [from, 0.0, to] {
+    let near = |a: f64, b: f64| (x(a) - x(b)).abs() < LABEL;
+    let ends = (!near(took_s, 0.0) && !near(took_s, to)).then_some(took_s);
+    for at in [Some(from).filter(|from| !near(*from, 0.0)), Some(0.0), ends, Some(to)].into_iter().flatten() {
         let (place, bottom) = (x(at), HIGH - 6.0);
         let anchor = if at == to { "end" } else { "middle" };
         put(out, format_args!("<text x=\"{place:.1}\" y=\"{bottom}\" text-anchor=\"{anchor}\">{at:.1} s</text>\n"));
     }
-    let class = if slow { "slow" } else { "line" };
-    let value = |point: &Point| if slow { point.p99_us } else { point.per_second };
-    for run in runs {
-        for piece in pieces(&run.course, slow) {
-            let places: Vec<_> = piece.iter().map(|p| format!("{:.1},{:.1}", x(p.at_s), y(value(p)))).collect();
+    let corner = |p: &Point, value: f64| format!("{:.1},{:.1}", x(p.at_s), y(value));
+    for piece in runs.iter().flat_map(|run| pieces(&run.course, slow)) {
+        let mut line = |class: &str, value: fn(&Point) -> f64| {
+            let places: Vec<_> = piece.iter().map(|p| corner(p, value(p))).collect();
             put(out, format_args!("<polyline class=\"{class}\" points=\"{}\"/>\n", places.join(" ")));
+        };
+        if !slow {
+            line("line", |p| p.per_second);
+            continue;
         }
+        line("slow", |p| p.write.p99_us);
+        line("slower", |p| p.write.p999_us);
+        let lower = piece.iter().map(|p| corner(p, p.write.p50_us));
+        let places: Vec<_> = lower.chain(piece.iter().rev().map(|p| corner(p, p.write.max_us))).collect();
+        put(out, format_args!("<polygon class=\"band\" points=\"{}\"/>\n", places.join(" ")));
     }
-    let words = if slow { "p99 of writes" } else { "operations a second" };
+    let words = match slow {
+        true => "how long writes took: p99 the line, p99.9 dashed, the band from p50 to the slowest",
+        false => "operations a second",
+    };
     put(out, format_args!("</svg><figcaption>{words}</figcaption></figure>\n"));
 }
 
@@ -263,7 +291,7 @@ fn pieces(course: &[Point], slow: bool) -> Vec<Vec<Point>> {
     let bin = course.windows(2).map(|w| w[1].at_s - w[0].at_s).fold(f64::MAX, f64::min);
     let mut all: Vec<Vec<Point>> = vec![];
     let mut last: Option<Point> = None;
-    for point in course.iter().filter(|point| !slow || point.p99_us > 0.0) {
+    for point in course.iter().filter(|point| !slow || point.write.p99_us > 0.0) {
         match (all.last_mut(), last) {
             (Some(piece), Some(last)) if point.at_s - last.at_s <= bin * GAP_BINS => piece.push(*point),
             _ => all.push(vec![*point]),
@@ -324,8 +352,8 @@ mod tests {
         };
         let page = page(&report);
         let seen = tags(&page);
-        // Bars, and two pictures of each measured method, with a line for each round.
-        assert_eq!((seen["svg"], seen["polyline"]), (5, 8), "{page}");
+        // Bars, and two pictures of each measured method, with one line and then two and a band for each round.
+        assert_eq!((seen["svg"], seen["polyline"], seen["polygon"]), (5, 12, 4), "{page}");
         assert_eq!(seen["tr"], 3);
         for foreign in ["http", "<script", "src=", "href=", "url(", "@import", "NaN", "inf"] {
             assert!(!page.contains(foreign), "{foreign}");
@@ -340,10 +368,18 @@ mod tests {
 
     #[test]
     fn a_course_is_cut_where_time_is_missing() {
-        let at = |at_s: f64, p99_us: f64| Point { at_s, per_second: 1.0, p99_us, max_us: p99_us };
+        let write = |p99_us| super::super::figures::Latency { p99_us, ..Default::default() };
+        let at = |at_s: f64, p99_us: f64| Point { at_s, per_second: 1.0, write: write(p99_us) };
         let course = [at(-1.0, 1.0), at(-0.9, 0.0), at(-0.8, 1.0), at(0.0, 1.0), at(0.1, 1.0)];
         let lengths = |slow| pieces(&course, slow).iter().map(Vec::len).collect::<Vec<_>>();
         assert_eq!((lengths(false), lengths(true)), (vec![3, 2], vec![2, 2]));
         assert!(pieces(&[], true).is_empty());
+    }
+
+    #[test]
+    fn a_scale_has_round_steps() {
+        for (most, found) in [(15_580.0, 5000.0), (100.0, 20.0), (1.0, 0.2), (36.0, 10.0), (12_000.0, 2500.0)] {
+            assert!((step(most) - found).abs() < 1e-9, "{most}: {}", step(most));
+        }
     }
 }

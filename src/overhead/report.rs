@@ -293,7 +293,8 @@ pub(super) mod tests {
             write: Some(Latency { p50_us: p99_us / 2.0, p99_us, p999_us: p99_us, max_us: p99_us * 2.0 }),
             read: None,
         };
-        let point = |at_s| Point { at_s, per_second: during, p99_us: 100.0, max_us: 200.0 };
+        let write = Latency { p50_us: 50.0, p99_us: 100.0, p999_us: 150.0, max_us: 200.0 };
+        let point = |at_s| Point { at_s, per_second: during, write };
         Run {
             workload: Workload::Random.name(),
             method,
