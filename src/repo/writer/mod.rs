@@ -2,10 +2,14 @@
 //!
 //! ```text
 //!          jobs               results, put back in order             sealed packs
-//! put ─────────► workers ───────────────────► appender ───────────────────► flusher ──► (disk, extents) durable
-//!  ▲  permits    zero? hash, look up,         data packs      │ digests      flush, rename, journal,
-//!  └─ in bytes   compress                                     └────► trees ──► index
+//! put ─────────► workers ───────────────────► one of them ────────────────► flusher ──► (disk, extents) durable
+//!  ▲  permits    zero? hash, look up,         appends them    │ digests      flush, rename, journal,
+//!  └─ in bytes   compress                     to data packs   └────► trees ──► index
 //! ```
+//!
+//! * **Few hand-overs.** Small pieces come by the thousand, and waking a thread costs as much as hashing some of it: a job wakes
+//!   one worker at most, results are appended by whichever worker is there, digests go to the trees in batches. There is one
+//!   worker more than processors, for the one that waits for the file.
 //!
 //! * **Back-pressure counts bytes.** A `put` waits for room; the permit travels with the bytes and is given back when they
 //!   are in a pack's file. The flusher lets two sealed packs wait, so a slow disk holds `put` up, not memory.
@@ -21,7 +25,7 @@
 //! * **Memory.** Bytes in flight (32 MiB unless told otherwise), what is known of digests since the last index file
 //!   (about 20 MB), the open pack's directories, and a few MiB a thread for zstd.
 
-use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -54,8 +58,9 @@ mod tests;
 mod trees;
 mod work;
 
+use append::Append;
 use shared::Shared;
-use work::{Job, What};
+use work::{Job, Jobs, What};
 
 /// Whether chunks are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +76,7 @@ pub enum Compression {
 pub struct WriterOptions {
     /// Whether chunks are compressed. zstd 1 unless told otherwise.
     pub compression: Compression,
-    /// Worker threads; 0 means one a processor.
+    /// Worker threads; 0 means one a processor, and one.
     pub threads: usize,
     /// Bytes that were put and are not in a pack yet, at most (at least 2 MiB are taken).
     pub in_flight_bytes: u32,
@@ -126,7 +131,6 @@ pub struct Finished {
 pub type Durable = (DiskHandle, Vec<Extent>);
 
 struct Intake {
-    jobs: Sender<Job>,
     disks: Vec<(Image, u64)>,
     next_job: u64,
 }
@@ -135,8 +139,12 @@ struct Intake {
 pub struct Writer {
     shared: Arc<Shared>,
     intake: Mutex<Option<Intake>>,
-    trees: Mutex<Option<SyncSender<trees::Message>>>,
+    jobs: Arc<Jobs>,
+    append: Arc<Append>,
+    trees: Mutex<Option<SyncSender<Vec<trees::Message>>>>,
     durable: Option<UnboundedReceiver<Durable>>,
+    workers: Vec<JoinHandle<()>>,
+    /// Those that end when nobody sends to them any more.
     threads: Vec<JoinHandle<()>>,
     adopted_packs: u64,
     _lock: Lock,
@@ -151,33 +159,33 @@ impl Writer {
         let (notify, durable) = tokio::sync::mpsc::unbounded_channel();
         let shared = Arc::new(Shared::new(layout, options, index, journal.unfinished_dir(), notify));
 
-        let (jobs, job_queue) = channel();
-        let (results, result_queue) = channel();
         let (sealed, sealed_queue) = sync_channel(2);
         let (trees, tree_queue) = sync_channel(64);
-        let mut threads = Vec::new();
-        let job_queue = Arc::new(Mutex::new(job_queue));
-        let count = if options.threads == 0 { processors() } else { options.threads };
-        for _ in 0..count {
-            let (queue, results) = (job_queue.clone(), results.clone());
-            threads.push(shared.spawn("repo-work", move |s| s.record(work::run(s, &queue, &results)))?);
-        }
-        drop((job_queue, results));
-        let (to_trees, to_flusher) = (trees.clone(), sealed.clone());
-        threads.push(shared.spawn("repo-append", move |s| {
-            s.record(append::run(s, &result_queue, &to_trees, &to_flusher));
-        })?);
-        threads.push(shared.spawn("repo-trees", move |s| s.record(trees::run(s, &tree_queue, &sealed)))?);
-        threads.push(shared.spawn("repo-flush", move |s| s.record(flush::run(s, &sealed_queue, journal)))?);
-        Ok(Self {
+        let jobs = Arc::new(Jobs::default());
+        let append = Arc::new(Append::new(trees.clone(), sealed.clone()));
+        let mut this = Self {
             shared,
-            intake: Mutex::new(Some(Intake { jobs, disks: Vec::new(), next_job: 0 })),
+            intake: Mutex::new(Some(Intake { disks: Vec::new(), next_job: 0 })),
+            jobs,
+            append,
             trees: Mutex::new(Some(trees)),
             durable: Some(durable),
-            threads,
+            workers: Vec::new(),
+            threads: Vec::new(),
             adopted_packs,
             _lock: lock,
-        })
+        };
+        let count = if options.threads == 0 { processors() + 1 } else { options.threads };
+        for _ in 0..count {
+            let (jobs, append) = (this.jobs.clone(), this.append.clone());
+            let work = move |s: &Shared| s.record(work::run(s, &jobs, &append));
+            this.workers.push(this.shared.spawn("repo-work", work)?);
+        }
+        let to_trees = move |s: &Shared| s.record(trees::run(s, &tree_queue, &sealed));
+        this.threads.push(this.shared.spawn("repo-trees", to_trees)?);
+        let to_flusher = move |s: &Shared| s.record(flush::run(s, &sealed_queue, journal));
+        this.threads.push(this.shared.spawn("repo-flush", to_flusher)?);
+        Ok(this)
     }
 
     /// Adds a disk. With a base, what is not put stays as it is there; else it is zero. The base must be of the same
@@ -220,7 +228,7 @@ impl Writer {
         if intake.disks.len() >= MAX_DISKS {
             return Err(RepoError::Refused(format!("a restore point has at most {MAX_DISKS} disks")));
         }
-        trees.send(trees::Message::Disk(image, broken)).map_err(|_| self.shared.failure())?;
+        trees.send(vec![trees::Message::Disk(image, broken)]).map_err(|_| self.shared.failure())?;
         intake.disks.push((image, 0));
         Ok(DiskHandle(intake.disks.len() as u16 - 1))
     }
@@ -357,23 +365,25 @@ impl Writer {
         let job =
             Job { number: intake.next_job, disk: disk.unwrap_or(DiskHandle(0)), extent, chunk_bytes, what, permit };
         intake.next_job += 1;
-        intake.jobs.send(job).map_err(|_| self.shared.failure())
+        self.jobs.push(job);
+        Ok(())
     }
 
     /// Closes the way in and waits until all threads have ended.
     fn end(&mut self) {
         self.intake.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.trees.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for thread in self.threads.drain(..) {
-            // Panics were caught and recorded as failures.
-            let _ = thread.join();
-        }
+        self.jobs.close();
+        // Panics were caught and recorded as failures.
+        self.workers.drain(..).for_each(|worker| drop(worker.join()));
+        self.append.end(&self.shared);
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if !self.threads.is_empty() {
+        if !self.workers.is_empty() || !self.threads.is_empty() {
             self.shared.abandon();
             self.end();
         }

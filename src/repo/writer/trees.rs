@@ -39,7 +39,7 @@ pub(super) enum Message {
 
 pub(super) fn run(
     shared: &Shared,
-    messages: &Receiver<Message>,
+    messages: &Receiver<Vec<Message>>,
     flusher: &SyncSender<ToFlush>,
 ) -> Result<(), RepoError> {
     let zstd = zstd::bulk::Compressor::new(NODE_LEVEL)
@@ -58,11 +58,11 @@ pub(super) fn run(
 
 fn build(
     shared: &Shared,
-    messages: &Receiver<Message>,
+    messages: &Receiver<Vec<Message>>,
     store: &mut Store<'_>,
     builders: &mut Vec<TreeBuilder>,
 ) -> Result<(), RepoError> {
-    for message in messages {
+    for message in messages.iter().flatten() {
         if shared.is_stopped() {
             continue;
         }

@@ -1,8 +1,8 @@
 //! Workers: zero check, hash, look-up, compression. What comes compressed is unpacked into a buffer of the thread, to be
 //! hashed, and stored as it came.
 
-use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
@@ -12,7 +12,8 @@ use crate::extent::Extent;
 use crate::limits::MAX_READ_BYTES;
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
-use crate::repo::writer::shared::Shared;
+use crate::repo::writer::append::Append;
+use crate::repo::writer::shared::{Shared, lock};
 use crate::repo::writer::{Compression, DiskHandle};
 
 pub(super) enum What {
@@ -88,12 +89,58 @@ pub(super) struct Done {
     pub permit: OwnedSemaphorePermit,
 }
 
-pub(super) fn run(shared: &Shared, jobs: &Mutex<Receiver<Job>>, results: &Sender<Done>) -> Result<(), RepoError> {
+/// Where jobs wait. Each wakes one worker, and none where all are at work.
+#[derive(Default)]
+pub(super) struct Jobs {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    waiting: usize,
+    closed: bool,
+}
+
+impl Jobs {
+    pub fn push(&self, job: Job) {
+        let mut queue = lock(&self.queue);
+        queue.jobs.push_back(job);
+        let wake = queue.waiting > 0;
+        drop(queue);
+        if wake {
+            self.changed.notify_one();
+        }
+    }
+
+    /// No more jobs will come.
+    pub fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The next job; nothing when there will be none.
+    fn next(&self) -> Option<Job> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(job);
+            }
+            if queue.closed {
+                return None;
+            }
+            queue.waiting += 1;
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
+        }
+    }
+}
+
+pub(super) fn run(shared: &Shared, jobs: &Jobs, append: &Append) -> Result<(), RepoError> {
     let mut packer = Packer::new(shared.options.compression)?;
     let mut unpacker = None;
-    loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { number, disk, extent, chunk_bytes, what, permit }) = job else { return Ok(()) };
+    while let Some(Job { number, disk, extent, chunk_bytes, what, permit }) = jobs.next() {
         if shared.is_stopped() {
             continue;
         }
@@ -115,10 +162,9 @@ pub(super) fn run(shared: &Shared, jobs: &Mutex<Receiver<Job>>, results: &Sender
             What::Known(digests) => Outcome::Known(digests),
             What::Flush => Outcome::Flush,
         };
-        if results.send(Done { number, disk, extent, chunk_bytes, outcome, permit }).is_err() {
-            return Ok(());
-        }
+        append.take(shared, Done { number, disk, extent, chunk_bytes, outcome, permit });
     }
+    Ok(())
 }
 
 fn data(
