@@ -142,6 +142,39 @@ async fn another_programs_nbd_server_is_left_alone_and_not_needed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn our_nbd_server_stays_while_another_program_uses_it_and_serves_us_again() {
+    let (device, path) = VIRTIO;
+    for version in VERSIONS {
+        let case = Case { version, transport: Transport::Nbd, device, path, size: MIB };
+        let mut qemu = start(&case);
+        qemu.qmp("blockdev-add", json!({"driver": "null-co", "node-name": "theirs"}));
+        let start = json!({"addr": {"type": "unix", "data": {"path": qemu.path("theirs.sock")}}});
+        let vm = attach(&qemu, case.transport).await;
+        for round in 0..4 {
+            qemu.qemu_io(path, &format!("write -P {} 0 64k", round + 1));
+            let session = vm.begin(begin(None)).await.unwrap();
+            match round {
+                0 => drop(qemu.qmp("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": "theirs"}))),
+                2 => drop(qemu.qmp("block-export-del", json!({"id": "theirs", "mode": "hard"}))),
+                _ => {}
+            }
+            let mut image = vec![9; case.size as usize];
+            apply(session, &mut image, || ()).await;
+            assert!(image[..65536].iter().all(|byte| *byte == round + 1), "round {round}");
+            vm.idle().await;
+            let theirs: &[&str] = if round < 2 { &["theirs"] } else { &[] };
+            assert_eq!(qemu.exports(), theirs, "round {round}");
+            let started = qemu.try_qmp("nbd-server-start", start.clone());
+            assert_eq!(started.is_err(), round < 2, "round {round}: {started:?}");
+            if started.is_ok() {
+                qemu.qmp("nbd-server-stop", json!({}));
+            }
+        }
+        assert!(qemu.alive());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_only_nbd_can_read_waits_for_another_programs_server() {
     let (device, path) = VIRTIO;
     let case = Case { version: Version::V10, transport: Transport::Nbd, device, path, size: MIB };

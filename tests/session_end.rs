@@ -152,7 +152,9 @@ fn sockets(qemu: &Qemu) -> PathBuf {
     } else {
         Path::new(&std::env::var_os("XDG_RUNTIME_DIR").unwrap()).join("livebackup")
     };
-    let of_qemu = |path: &PathBuf| path.is_dir() && path.to_str().unwrap().contains(&format!("-{}-", qemu.pid()));
+    let process = livebackup::monitor::Process::of_pid(qemu.pid() as i32).unwrap();
+    let key = format!("-{}-{}", process.pid, process.start_time);
+    let of_qemu = |path: &PathBuf| path.is_dir() && path.to_str().unwrap().ends_with(&key);
     let found = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).find(of_qemu);
     found.expect("a directory for the sockets")
 }

@@ -35,8 +35,14 @@ use crate::wire::message::{Failure, FailureCode};
 /// Most filters of ours that are looked for above one disk.
 const MAX_FILTERS: usize = 8;
 
+/// Name of the socket of QEMU's NBD server, where we started it.
+pub const NBD_SOCKET: &str = "nbd";
+
 /// How long a hard-deleted export may take to go.
 const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long the event that tells of it is waited for before QEMU is asked.
+const EXPORT_IS_TOLD_WITHIN: Duration = Duration::from_millis(50);
 
 /// How long flushing images from outside may take. What is left of it QEMU does.
 const SYNCS_WITHIN: Duration = Duration::from_secs(10);
@@ -277,7 +283,7 @@ impl Undo<'_> {
     async fn rest(&mut self) -> Result<(), MonitorError> {
         remove_descriptors(self.monitor, self.names).await?;
         self.debts.pay_files();
-        remove_sockets(self.sockets);
+        remove_sockets(self.sockets, self.debts.owed(Debt::Nbd));
         Ok(())
     }
 
@@ -290,9 +296,12 @@ impl Undo<'_> {
         if !ours(&exports, "id", self.names).is_empty() {
             return Ok(());
         }
-        let in_use = exports.as_array().is_some_and(|all| all.iter().any(|e| e["type"] == "nbd"));
-        if !in_use {
-            // It may never have started.
+        if exports.as_array().is_some_and(|all| all.iter().any(|e| e["type"] == "nbd")) {
+            // Another program has come to rely on it: it stays ours, to be used again, and stopped another time.
+            return Ok(());
+        }
+        // It may never have started; or others stopped it, and what runs now is theirs.
+        if is_listening(self.monitor, self.sockets) {
             refusal_is_fine(self.monitor.raw("nbd-server-stop", json!({})).await)?;
         }
         self.debts.paid(Debt::Nbd);
@@ -320,6 +329,22 @@ impl Undo<'_> {
     }
 }
 
+/// Whether QEMU listens at our socket for its NBD server.
+pub(super) fn is_listening(monitor: &Monitor, sockets: &Path) -> bool {
+    let socket = sockets.join(NBD_SOCKET);
+    if !monitor.can_pass_fds() {
+        // QEMU made it, and removes it when the server ends.
+        return socket.exists();
+    }
+    // To connect would be to talk to a server that may be about to end. "Num RefCount Protocol Flags Type St Inode Path",
+    // where __SO_ACCEPTCON (0x10000) in the flags says that it listens.
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    sockets.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(3);
+        words.next() == Some("00010000") && words.nth(3).is_some_and(|path| Path::new(path) == socket)
+    })
+}
+
 async fn remove_export(monitor: &Monitor, id: &str, sockets: &Path) -> Result<(), MonitorError> {
     let socket = sockets.join(format!("{id}.vhost"));
     if socket.exists() {
@@ -340,8 +365,17 @@ async fn remove_export(monitor: &Monitor, id: &str, sockets: &Path) -> Result<()
 
 /// Deletes an export and waits until it is gone; one that is gone already is no error.
 pub(super) async fn delete_export(monitor: &Monitor, id: &str) -> Result<(), MonitorError> {
-    refusal_is_fine(monitor.raw("block-export-del", json!({"id": id, "mode": "hard"})).await)?;
+    let mut events = monitor.subscribe();
+    let deleted = monitor.raw("block-export-del", json!({"id": id, "mode": "hard"})).await;
+    let said = deleted.is_ok();
+    refusal_is_fine(deleted)?;
     let gone = async {
+        // QEMU says so when it is gone; whoever was there too late for that asks.
+        while said && let Ok(Ok(event)) = tokio::time::timeout(EXPORT_IS_TOLD_WITHIN, events.recv()).await {
+            if event.name == "BLOCK_EXPORT_DELETED" && event.data["id"] == id {
+                return Ok(());
+            }
+        }
         loop {
             let exports = monitor.raw("query-block-exports", json!({})).await?;
             if !exports.as_array().is_some_and(|all| all.iter().any(|e| e["id"] == id)) {
@@ -397,6 +431,13 @@ async fn is_gone(monitor: &Monitor, path: &str) -> Result<bool, MonitorError> {
 /// The full path of the object that owns a drive, from what `query-block` calls it.
 pub fn qom_path(qdev: &str) -> String {
     if qdev.starts_with('/') { qdev.to_owned() } else { format!("/machine/peripheral/{qdev}") }
+}
+
+/// The node that a device has, in the answer of `query-block`.
+pub fn node_of<'a>(blocks: &'a Value, path: &str) -> Option<&'a str> {
+    let mut devices = blocks.as_array()?.iter();
+    let device = devices.find(|device| device["qdev"].as_str().is_some_and(|qdev| qom_path(qdev) == path))?;
+    device["inserted"]["node-name"].as_str()
 }
 
 /// A node's child in the answer of `x-debug-query-block-graph`.
@@ -458,9 +499,10 @@ async fn remove_descriptors(monitor: &Monitor, names: &Names) -> Result<(), Moni
     Ok(())
 }
 
-fn remove_sockets(dir: &Path) {
+fn remove_sockets(dir: &Path, serves: bool) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if !entry.file_name().as_encoded_bytes().starts_with(b"owed-") {
+        let is_server = entry.file_name() == NBD_SOCKET;
+        if !(entry.file_name().as_encoded_bytes().starts_with(b"owed-") || serves && is_server) {
             let _ = std::fs::remove_file(entry.path());
         }
     }

@@ -61,10 +61,10 @@ impl Harvester {
         let Some(socket) = self.server().await? else {
             return file::read(&self.monitor, &self.sockets, node, bitmap, size_bytes).await;
         };
-        let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "bitmaps": [bitmap]});
+        let export = json!({"type": "nbd", "id": node, "node-name": node, "bitmaps": [bitmap]});
         let context = nbd::dirty_bitmap_context(bitmap);
         let is_dirty = |flags| flags & nbd::proto::STATE_DIRTY != 0;
-        self.marked(&socket, export, node, &context, size_bytes, is_dirty).await?.map_err(internal)
+        self.marked(&socket, export, &context, size_bytes, is_dirty).await?.map_err(internal)
     }
 
     /// Sets bits in an enabled bitmap of a helper node. By the server they get into its other enabled bitmaps too.
@@ -72,8 +72,8 @@ impl Harvester {
         let Some(socket) = self.server().await? else {
             return file::set_bits(&self.monitor, &self.sockets, node, bitmap, bits).await;
         };
-        let export = json!({"type": "nbd", "id": node, "node-name": node, "name": node, "writable": true});
-        let client = self.export(&socket, export, node, vec![]).await?;
+        let export = json!({"type": "nbd", "id": node, "node-name": node, "writable": true});
+        let client = self.export(&socket, export, vec![]).await?;
         let whole = bits.extents().flat_map(|e| e.split_at_multiples(1 << 30));
         client.write_zeroes_all(whole, false).await.map_err(internal)?;
         client.close().await;
@@ -91,7 +91,7 @@ impl Harvester {
         let Some(socket) = self.server().await? else { return Ok(None) };
         let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id});
         let may_hold_data = |flags| flags & nbd::proto::STATE_ZERO == 0;
-        self.marked(&socket, export, id, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await.map(Some)
+        self.marked(&socket, export, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await.map(Some)
     }
 
     /// Adds an export, reads which granules a context marks, and deletes it again, before its client leaves. The inner
@@ -100,12 +100,12 @@ impl Harvester {
         &self,
         socket: &Path,
         export: Value,
-        id: &str,
         context: &str,
         size_bytes: u64,
         is_marked: impl Fn(u32) -> bool,
     ) -> Result<Result<Bitmap, NbdError>, Failure> {
-        let client = self.export(socket, export, id, vec![context.to_owned()]).await?;
+        let id = export["id"].as_str().unwrap_or_default().to_owned();
+        let client = self.export(socket, export, vec![context.to_owned()]).await?;
         let mut found = Bitmap::new(size_bytes);
         let mark = |extent, flags| {
             if is_marked(flags) {
@@ -113,14 +113,16 @@ impl Harvester {
             }
         };
         let read = client.block_status_all(context, Extent::new(0, size_bytes), mark).await;
-        undo::delete_export(&self.monitor, id).await.map_err(qemu_failed)?;
+        undo::delete_export(&self.monitor, &id).await.map_err(qemu_failed)?;
         client.close().await;
         Ok(read.map(|()| found))
     }
 
-    async fn export(&self, socket: &Path, export: Value, id: &str, contexts: Vec<String>) -> Result<Client, Failure> {
+    /// Adds an export and connects to it. Without a name it has its node's, which is shorter to say; for nodes of ours.
+    async fn export(&self, socket: &Path, export: Value, contexts: Vec<String>) -> Result<Client, Failure> {
+        let name = export.get("name").unwrap_or(&export["node-name"]).as_str().unwrap_or_default().to_owned();
         self.monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
-        let wanted = Wanted { export: id.to_owned(), contexts };
+        let wanted = Wanted { export: name, contexts };
         let address = nbd::Address::Unix(socket.to_owned());
         nbd::connect(&address, &wanted, &ConnectOptions::default()).await.map_err(internal)
     }
@@ -147,7 +149,11 @@ pub async fn add_helper_node(monitor: &Monitor, node: &str, size_bytes: u64) -> 
 
 /// Starts QEMU's NBD server on a socket of ours; `None` when another program has started it.
 async fn start_nbd_server(monitor: &Monitor, sockets: &Path) -> Result<Option<PathBuf>, Failure> {
-    let socket = sockets.join("nbd");
+    let socket = sockets.join(undo::NBD_SOCKET);
+    // One of ours that another program used when we ended.
+    if Debts::new(sockets).owed(Debt::Nbd) && undo::is_listening(monitor, sockets) {
+        return Ok(Some(socket));
+    }
     Debts::new(sockets).owe(Debt::Nbd).map_err(internal)?;
     let addr = if monitor.can_pass_fds() {
         pass_listener(monitor, &socket, LISTENER).await?;
