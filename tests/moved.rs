@@ -190,6 +190,31 @@ fn a_snapshot_that_was_committed_before_anybody_looked() {
     }
 }
 
+/// A snapshot between the look at the disks and the instant: the backup gives way, and the guest keeps its overlay.
+#[test]
+fn a_snapshot_while_a_backup_begins() {
+    for version in VERSIONS {
+        let mut rng = Rng::new();
+        let mut side = tracked(version, &mut rng);
+        let is_prepared = |qemu: &mut Qemu| qemu.nodes().iter().any(|node| node.ends_with("-map1"));
+        let held = side.hold_a_backup_at("fleece.bitmap", is_prepared);
+        let overlay = side.home.path().join("overlay.qcow2");
+        let snapshot =
+            json!({"node-name": "disk0", "snapshot-file": overlay, "snapshot-node-name": "overlay", "format": "qcow2"});
+        side.qemu().qmp("blockdev-snapshot-sync", snapshot);
+        side.scatter(&mut rng);
+        let out = held.let_go();
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.status.code() == Some(4) && said.contains("changed by another program"), "{}: {said}", out.status);
+        assert_eq!(side.qemu().status(), "running");
+        side.scatter(&mut rng);
+        let report = side.backup("auto");
+        assert!(whole(&report, "vd0").is_some(), "{report}");
+        side.scatter(&mut rng);
+        side.backup("incremental");
+    }
+}
+
 /// A second QEMU that was told not to lock: while it is there, nothing is believed, and not what was before.
 #[test]
 fn a_second_qemu_on_the_same_image() {

@@ -247,36 +247,36 @@ impl Fleece {
                 let words = "the guest was let go while the instant was prepared; try again";
                 Err(Failure::new(FailureCode::Busy, words))
             }
-            _ => self.insert().await.map_err(qemu_failed),
+            _ => self.insert(false).await,
         }
     }
 
     async fn stop_and_insert(&mut self, monitor: &Monitor, mut guardian: Guardian) -> Result<(), Failure> {
         // With the guest running; once it stands still, only disks that were written to meanwhile need it again.
-        self.limit().await.map_err(qemu_failed)?;
+        self.limit(true).await.map_err(qemu_failed)?;
         let debts = Debts::new(&self.bench.sockets);
         debts.owe(Debt::Cont).map_err(internal)?;
         guardian.owe(Debt::Cont, &debts.path(Debt::Cont)).map_err(internal)?;
         let start = Instant::now();
         let work = async {
-            monitor.raw("stop", json!({})).await?;
+            monitor.raw("stop", json!({})).await.map_err(qemu_failed)?;
             fault::point("fleece.stopped");
-            self.insert().await
+            self.insert(true).await
         };
         let late = || MonitorError::Deadline { command: "stop, and the instant,".into(), limit: STOP_LEASE };
-        let inserted = tokio::time::timeout(STOP_LEASE, work).await.unwrap_or_else(|_| Err(late()));
+        let inserted = tokio::time::timeout(STOP_LEASE, work).await.unwrap_or_else(|_| Err(qemu_failed(late())));
         let resumed = undo::resume_whatever_it_takes(monitor, &debts).await;
         self.stopped = start.elapsed();
         if resumed.is_ok() {
             guardian.paid();
         }
-        inserted.map_err(qemu_failed)?;
+        inserted?;
         resumed.map(drop).map_err(qemu_failed)
     }
 
-    /// Makes the limited filters, each anew whose disk was written to since. A bitmap that counts as much as before is the
-    /// same: bits are only ever set in it.
-    async fn limit(&mut self) -> Result<(), MonitorError> {
+    /// Makes the limited filters; if it is done `twice`, each anew whose disk was written to since. A bitmap that counts as much
+    /// as before is the same: bits are only ever set in it.
+    async fn limit(&mut self, twice: bool) -> Result<(), MonitorError> {
         let Bench { monitor, names, .. } = self.bench.clone();
         let limited: Vec<_> =
             (0..self.disks.len()).filter(|i| self.disks[*i].has_filter() && self.disks[*i].limited).collect();
@@ -284,7 +284,10 @@ impl Fleece {
             return Ok(());
         }
         // Before the merges: what is written between is counted the next time.
-        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+        let nodes = match twice {
+            true => monitor.raw("query-named-block-nodes", json!({"flat": true})).await?,
+            false => Value::Null,
+        };
         for i in limited {
             let (node, head) = (self.disks[i].plan.disk.node.clone(), self.current(i));
             let now = head.and_then(|head| count(&nodes, &node, &names.since(head)));
@@ -304,14 +307,28 @@ impl Fleece {
         Ok(())
     }
 
-    async fn insert(&mut self) -> Result<(), MonitorError> {
+    async fn insert(&mut self, was_limited: bool) -> Result<(), Failure> {
         let Bench { monitor, names, .. } = self.bench.clone();
-        self.limit().await?;
+        self.limit(was_limited).await.map_err(qemu_failed)?;
         fault::point("fleece.filter");
+        // A snapshot that somebody took since would be lost to the guest, with all that it has written into it.
+        let blocks = monitor.raw("query-block", json!({})).await.map_err(qemu_failed)?;
+        for disk in self.disks.iter().filter(|disk| disk.has_filter()) {
+            let found = &disk.plan.disk;
+            if let Some(now) = undo::node_of(&blocks, &found.qom_path).filter(|now| *now != found.node) {
+                let (name, node) = (&found.name, &found.node);
+                let words = format!(
+                    "disk {name} was changed by another program while the backup began: its node was {node:?} and is now \
+                     {now:?}; run the backup again when that program is done"
+                );
+                return Err(Failure::new(FailureCode::Busy, words));
+            }
+        }
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() {
                 let path = &self.disks[i].plan.disk.qom_path;
-                monitor.raw("qom-set", json!({"path": path, "property": "drive", "value": names.filter(i)})).await?;
+                let drive = json!({"path": path, "property": "drive", "value": names.filter(i)});
+                monitor.raw("qom-set", drive).await.map_err(qemu_failed)?;
                 fault::point("fleece.inserted");
             }
         }
@@ -321,7 +338,7 @@ impl Fleece {
             .map(|(_, node, name)| json!({"type": "block-dirty-bitmap-disable", "data": {"node": node, "name": name}}))
             .collect();
         if !disable.is_empty() {
-            monitor.raw("transaction", json!({"actions": disable})).await?;
+            monitor.raw("transaction", json!({"actions": disable})).await.map_err(qemu_failed)?;
         }
         Ok(())
     }

@@ -212,17 +212,22 @@ impl Side {
 
     /// A full backup, so that there is much to transfer, in its midst: it is held up there.
     pub fn hold_a_backup(&mut self) -> Held {
+        let is_ours = |node: &String| node.contains("livebackup") && node.contains("snap");
+        self.hold_a_backup_at("backup.begun", |qemu| !qemu.exports().is_empty() && qemu.nodes().iter().any(is_ours))
+    }
+
+    /// The same at another point of it, which it has reached when QEMU looks so.
+    pub fn hold_a_backup_at(&mut self, point: &str, mut is_there: impl FnMut(&mut Qemu) -> bool) -> Held {
         let go = self.home.path().join("go");
         let _ = std::fs::remove_file(&go);
         let mut command = livebackup();
         command.arg("--json").arg("--state").arg(self.state());
         command.args(["backup", &self.source()]).arg(self.repo()).args(["--level", "full"]);
-        command.env("LIVEBACKUP_PAUSE_AT", format!("backup.begun={}", go.display()));
+        command.env("LIVEBACKUP_PAUSE_AT", format!("{point}={}", go.display()));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();
-        let is_ours = |node: &String| node.contains("livebackup") && node.contains("snap");
         let qemu = self.qemu();
-        wait_until("the backup to transfer", || !qemu.exports().is_empty() && qemu.nodes().iter().any(is_ours));
+        wait_until(&format!("the backup to be at {point}"), || is_there(qemu));
         Held { child, go }
     }
 
