@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::undo::Debts;
 use crate::durable::{self, Replace};
 use crate::monitor::Process;
 use crate::repo::layout::directory_of_vm;
@@ -198,6 +199,7 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
         ))
     })?;
     vm_lock.describe(holder)?;
+    sweep(&run, owner);
     let sockets = run.join(format!("{}-{key}", owner.short()));
     durable::create_dir(&sockets).map_err(|e| failed("make", &sockets, e))?;
     Ok(Place { disks, known: dir.join("qemu.json"), sockets, _vm: vm_lock, qemu: qemu_lock })
@@ -214,15 +216,42 @@ pub fn holders() -> impl Iterator<Item = (i32, Holder)> {
     entries.into_iter().flatten().flatten().filter_map(|entry| {
         let path = entry.path();
         let key = path.file_name()?.to_str()?.strip_prefix("qemu-")?.strip_suffix(".lock")?;
-        let qemu = key.split('-').next()?.parse().ok()?;
-        let holder = read_holder(File::open(&path).ok()?)?;
+        let (qemu, start_time) = key.split_once('-')?;
+        let (qemu, start_time): (i32, u64) = (qemu.parse().ok()?, start_time.parse().ok()?);
+        let open = || OpenOptions::new().read(true).write(true).open(&path).ok();
+        if !runs(qemu, start_time) {
+            // Nobody will ever want it again.
+            if let Ok(_held) = Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
+                let _ = fs::remove_file(&path);
+            }
+            return None;
+        }
+        let holder = read_holder(open()?)?;
         // A dead holder's lock can be taken.
-        let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
             Ok(_) => None,
             Err(_) => Some((qemu, holder)),
         }
     })
+}
+
+/// Whether this process runs, by its id and start time.
+fn runs(pid: i32, start_time: u64) -> bool {
+    Process::of_pid(pid).is_some_and(|process| process.start_time == start_time)
+}
+
+/// Removes what this owner's sidecars left for QEMUs that have ended since: sockets, debts, named scratch files.
+fn sweep(run: &Path, owner: OwnerId) {
+    let prefix = format!("{}-", owner.short());
+    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let key = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.split_once('-'));
+        let Some((Ok(pid), Ok(start_time))) = key.map(|(pid, time)| (pid.parse(), time.parse())) else { continue };
+        if !runs(pid, start_time) {
+            Debts::new(&entry.path()).pay_files();
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -251,5 +280,39 @@ mod tests {
         drop(place);
         assert_eq!(holder_of(&holder.monitor), None);
         take(dir.path(), id, &me, &holder).unwrap();
+    }
+
+    #[test]
+    fn locks_go_when_both_sides_are_dead() {
+        let first = Process::of_pid(1).unwrap();
+        let lock = |start_time| run_dir().unwrap().join(format!("qemu-1-{start_time}.lock"));
+        let (dead, alive) = (lock(first.start_time + 1), lock(first.start_time));
+        [&dead, &alive].into_iter().for_each(|path| fs::write(path, "{}").unwrap());
+        // Another test's look may have it locked for a moment.
+        for _ in 0..1000 {
+            holders().for_each(drop);
+            if !dead.exists() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert!(!dead.exists() && alive.exists());
+        fs::remove_file(alive).unwrap();
+    }
+
+    #[test]
+    fn what_is_left_for_ended_qemus_goes() {
+        let (state, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mine, other) = (owner(state.path()).unwrap(), owner(&state.path().join("other")).unwrap());
+        let first = Process::of_pid(1).unwrap();
+        let dir = |owner: OwnerId, time| run.path().join(format!("{}-1-{time}", owner.short()));
+        let (dead, alive, foreign) =
+            (dir(mine, first.start_time + 1), dir(mine, first.start_time), dir(other, first.start_time + 1));
+        let scratch = state.path().join("named-scratch");
+        fs::write(&scratch, "").unwrap();
+        [&dead, &alive, &foreign].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        Debts::new(&dead).owe_file(0, &scratch).unwrap();
+        sweep(run.path(), mine);
+        assert!(!dead.exists() && !scratch.exists() && alive.exists() && foreign.exists());
     }
 }
