@@ -247,12 +247,17 @@ fn a_service_says_what_is_left_out() {
         side.write_at(1, 4096, 4096, 0x60 + round);
     }
     let (source, repo) = (side.source(), side.repo());
+    // What was written since lies in what was left out, and will most likely be again.
+    assert_eq!(side.ok(&["estimate", &source, repo.to_str().unwrap()])["needed_bytes"], 0);
     let refused = side.livebackup(&["backup", &source, repo.to_str().unwrap(), "--skip-swap"]);
     let said = format!("{}{}", String::from_utf8_lossy(&refused.stdout), String::from_utf8_lossy(&refused.stderr));
     assert!(!refused.status.success() && said.contains("the server's configuration"), "{said}");
     let shown = livebackup().arg("show").arg(&repo).arg("vm1").output().unwrap();
     let shown = String::from_utf8_lossy(&shown.stdout);
     assert!(shown.contains("left out of vd0, zero in this point: swap (partition 1 \"swap\""), "{shown}");
+    let restored = side.ok(&["restore", repo.to_str().unwrap(), "vm1", side.path("said").to_str().unwrap()]);
+    let what = restored["disks"][0]["left_out"][0]["what"].as_str();
+    assert!(what == Some("swap") && restored["disks"][1]["left_out"].is_array(), "{restored}");
     serve.stop();
     // The service no longer leaves it out: the same epoch goes on, and all comes.
     let mut serve = Serve::start(&side, "");

@@ -1,5 +1,6 @@
 //! `livebackup restore REPO VM[@POINT] DIR`
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use super::context::Context;
 use super::exit::Code;
 use super::progress::Meter;
 use super::repository;
+use crate::area::Area;
 use crate::restore::{self, DiskTarget, RestoreOptions, RestoreReport};
 use crate::units::{PointId, human_bytes};
 
@@ -68,6 +70,9 @@ struct RestoredLine {
     data_bytes: u64,
     zero_bytes: u64,
     compared: bool,
+    /// What was left out of the point, and is zero here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left_out: Vec<Area>,
 }
 
 #[derive(Serialize)]
@@ -82,8 +87,9 @@ struct Restored {
 }
 
 impl Restored {
-    fn new(vm: String, point: PointId, report: RestoreReport) -> Self {
+    fn new(vm: String, point: PointId, report: RestoreReport, mut areas: BTreeMap<String, Vec<Area>>) -> Self {
         let line = |disk: restore::RestoredDisk| RestoredLine {
+            left_out: areas.remove(&disk.disk).unwrap_or_default(),
             disk: disk.disk,
             path: disk.path,
             size_bytes: disk.size_bytes,
@@ -109,6 +115,7 @@ impl fmt::Display for Restored {
             let (size, data) = (human_bytes(disk.size_bytes), human_bytes(disk.data_bytes));
             let compared = if disk.compared { ", compared" } else { "" };
             writeln!(f, "{}: {}, {size}, {data} of data{compared}", disk.disk, disk.path.display())?;
+            disk.left_out.iter().try_for_each(|area| writeln!(f, "  zero, as it was left out of the point: {area}"))?;
         }
         for file in &self.files {
             writeln!(f, "file: {}", file.display())?;
@@ -134,6 +141,7 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
         ..RestoreOptions::new(&args.dir)
     };
     let (vm, point) = (manifest.vm.clone(), manifest.id);
+    let areas = manifest.disks.iter().map(|disk| (disk.disk.name.clone(), disk.areas.areas.clone())).collect();
     let stop = Arc::new(AtomicBool::new(false));
     let mut meter = Meter::new(context.output);
     let flag = stop.clone();
@@ -151,6 +159,6 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
             work.await?
         }
     };
-    context.output.done(&Restored::new(vm, point, report?));
+    context.output.done(&Restored::new(vm, point, report?, areas));
     Ok(Code::Good)
 }

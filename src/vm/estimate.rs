@@ -40,10 +40,15 @@ impl Vm {
                     needed
                 }
             };
-            if self.inner.options.skip.is_empty() {
+            let skips = self.inner.options.skip.iter().any(|skip| skip.is_for(&plan.disk.name));
+            if !skips {
                 plan.known.left_out.iter().for_each(|extent| needed.set(*extent));
             }
             needed.round_out(chunk_bytes);
+            if skips {
+                // Where areas are now, only an instant can tell; most likely where they were.
+                plan.known.left_out.iter().for_each(|extent| needed.clear(*extent));
+            }
             out.push(Estimated {
                 disk: plan.disk.name.clone(),
                 size_bytes: plan.disk.size_bytes,
