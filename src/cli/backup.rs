@@ -241,7 +241,10 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
     let skip = args.skip.options();
     let local = args.quiet.is_local(&quiet) || args.persistent_bitmaps || !skip.is_empty();
     let own = context.vm_options(args.source.vm.clone());
-    let options = VmOptions { quiet, skip, persistent_bitmaps: args.persistent_bitmaps, ..own };
+    // A hook may change the machine.
+    let begins_at_once = hooks.is_empty() && quiet.hooks.is_empty();
+    let persistent_bitmaps = args.persistent_bitmaps;
+    let options = VmOptions { quiet, skip, persistent_bitmaps, begins_at_once, ..own };
     let sidecar = open::open_with(context, &args.source, options).await?;
     if local && sidecar.here().is_none() {
         return Err(exit::usage(

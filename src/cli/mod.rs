@@ -73,7 +73,12 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
     if let Command::Run(args) = cli.command {
         return run::run(&cli.global, output, args);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if matches!(cli.command, Command::Backup(_)) {
+        // Hashing and compressing have threads of their own; more of the runtime's would wake each other for every piece.
+        runtime.worker_threads(1);
+    }
+    let runtime = runtime.enable_all().build()?;
     let done = runtime.block_on(async {
         let context = Context::new(&cli.global, output, signals::watch()?)?;
         match cli.command {

@@ -81,6 +81,7 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
             skip: vm.skip.clone(),
             budget: vm.budget,
             served_at: served_at.clone(),
+            begins_at_once: false,
             power_off: vm.power_off,
             exclusive_device: vm.exclusive_device.clone(),
             persistent_bitmaps: vm.persistent_bitmaps || base.persistent_bitmaps,

@@ -1,6 +1,6 @@
 //! Attaching: locks, left-overs, what this QEMU can do.
 
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex};
 use std::time::Instant;
 
 use tokio::sync::{Mutex, watch};
@@ -110,8 +110,7 @@ impl Vm {
         let vm = Vm { inner: Arc::new(inner) };
         vm.pay_quit().await?;
         if let Some(graph) = vm.carry_over().await? {
-            let looked = (Instant::now(), graph.disks);
-            *vm.inner.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(looked);
+            *vm.looked() = Some((Instant::now(), graph));
         }
         Ok(vm)
     }

@@ -17,7 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -112,6 +112,9 @@ pub struct VmOptions {
     pub budget: Budget,
     /// Where this process serves the VM to clients, if it does: others are sent there.
     pub served_at: Option<WireAddress>,
+    /// Attached for a session that is begun at once, without anything of ours that may change the machine before: what attaching
+    /// saw a moment ago is not asked for again.
+    pub begins_at_once: bool,
     /// What becomes of QEMU when the guest powers off.
     pub power_off: PowerOff,
     /// Whether images that can are to keep our bitmaps from one QEMU to the next, see [`persist`].
@@ -148,7 +151,7 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> Failure {
 
 /// How long a session waits for whoever looks at the VM.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
-/// For how long the disks that attaching found are as good as a look at them.
+/// For how long what attaching found is as good as a look.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// An attached VM. Clones share it; the locks go with the last one.
@@ -181,7 +184,7 @@ struct Inner {
     place: Place,
     session: Arc<Mutex<()>>,
     /// What attaching found, and when: for whoever asks right after it.
-    looked: StdMutex<Option<(Instant, Vec<FoundDisk>)>>,
+    looked: StdMutex<Option<(Instant, Graph)>>,
     /// Its devices, as they were last seen.
     board: Mutex<graph::Board>,
     progress: StdMutex<Option<SessionStatus>>,
@@ -241,12 +244,27 @@ impl Vm {
 
     /// The VM's definition and all devices that are or could be taken for a disk.
     pub async fn disks(&self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
-        let looked = self.inner.looked.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let looked =
+            self.looked().as_ref().filter(|(at, _)| at.elapsed() < FRESH).map(|(_, graph)| graph.disks.clone());
         let disks = match looked {
-            Some((at, disks)) if at.elapsed() < FRESH => disks,
-            _ => self.graph().await?.disks,
+            Some(disks) => disks,
+            None => self.graph().await?.disks,
         };
         Ok((self.inner.machine.clone(), disks))
+    }
+
+    fn looked(&self) -> MutexGuard<'_, Option<(Instant, Graph)>> {
+        self.inner.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine as a session finds it, without what an earlier one may have left.
+    async fn found(&self) -> Result<Graph, Failure> {
+        let looked = self.looked().take().filter(|(at, _)| self.inner.options.begins_at_once && at.elapsed() < FRESH);
+        if let Some((_, graph)) = looked {
+            return Ok(graph);
+        }
+        self.clean_up_now().await?;
+        self.carried_over().await
     }
 
     /// Switches on the histograms of how long the guest's writes take, on all disks that are backed up: whoever stays

@@ -197,9 +197,7 @@ impl Vm {
                 format!("this QEMU ({}) cannot do live backups:\n{capabilities}", capabilities.version),
             ));
         }
-        // A session whose clean-up failed may have left something.
-        self.clean_up_now().await?;
-        let graph = self.carried_over().await?;
+        let graph = self.found().await?;
         let chosen = select::disks(&graph.disks, begin)?;
         let at_work: Vec<_> =
             graph.foreign.iter().filter(|f| chosen.iter().any(|d| d.name == f.disk)).map(ToString::to_string).collect();
