@@ -2,10 +2,12 @@
 //!
 //! * **data**: a QEMU's disk in the page cache, read by `livebackup serve` and taken by a client that acknowledges it and drops
 //!   it, over loopback TCP, plain and with TLS; beside our own NBD client reading the same snapshot, and without a connection.
-//! * **line**: the protocol alone over an emulated line of [`LINE_BYTES_PER_S`] and some delay, beside a plain socket. The line is
-//!   two tun devices, each in a network namespace of its own, and this program between them: the kernel's own TCP on both
-//!   sides, real packets of 1500 bytes, and a router's queue of one bandwidth-delay product that drops what does not fit. Needs
-//!   root (`ip netns`).
+//! * **line**: the protocol alone over an emulated line of [`LINE_BYTES_PER_S`], some delay and some loss, over 1, 2, 4 and 8
+//!   connections, beside as many plain sockets. The line is two tun devices, each in a network namespace of its own, and this
+//!   program between them: the kernel's own TCP on both sides, real packets of 1500 bytes, and a router's queue of one
+//!   bandwidth-delay product that drops what does not fit. Needs root (`ip netns`). `LIVEBACKUP_BENCH_LINE=50,50/1` measures
+//!   only these lines (milliseconds, percent of loss); `LIVEBACKUP_BENCH_CONGESTION=cubic` has the senders use that congestion
+//!   control.
 //! * **many**: 64 idle and 8 active clients of one server process, and the most memory that it has had.
 //!
 //! `LIVEBACKUP_BENCH_ONLY=WORD` measures only one of them.
@@ -20,8 +22,11 @@ mod link;
 mod nbd_help;
 
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,8 +41,10 @@ use livebackup::vm::{Vm, VmOptions};
 use livebackup::wire::message::*;
 use livebackup::wire::packing::{How, Wanted};
 use livebackup::wire::tls::Connector;
-use livebackup::wire::{Address, Answer, Client, Stream, Timing, serve_connection};
+use livebackup::wire::trunk::Trunks;
+use livebackup::wire::{Address, Answer, Client, Common, Stream, Timing, serve_with};
 use nbd_help::source_options;
+use nix::libc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -46,8 +53,13 @@ const MIB: u64 = 1 << 20;
 const DATA_BYTES: u64 = 1 << 30;
 const ROUNDS: usize = 5;
 const CHUNK: u32 = 128 << 10;
-/// Seconds for which the line would be full at best.
-const LINE_SECONDS: u64 = 8;
+/// What goes over a line is counted between these: slow starts are over then.
+const LINE_SECONDS: (u64, u64) = (1, 5);
+/// Lines: milliseconds of a round trip, packets of a hundred that are lost.
+const LINES: [(u64, u64); 5] = [(0, 0), (10, 0), (50, 0), (10, 1), (50, 1)];
+const LINE_ROUNDS: usize = 3;
+/// More than any line carries.
+const LINE_DISK_BYTES: u64 = 1 << 50;
 
 #[tokio::main]
 async fn main() {
@@ -164,8 +176,13 @@ fn begin(vm: &str, how: How) -> Begin {
 }
 
 /// Takes a session, acknowledges it, and drops it. Gives the bytes of the disk.
-async fn drain(mut session: Session) -> u64 {
-    let mut bytes_taken = 0;
+async fn drain(session: Session) -> u64 {
+    let taken = Arc::new(AtomicU64::new(0));
+    drain_counting(session, taken.clone()).await;
+    taken.load(Ordering::Relaxed)
+}
+
+async fn drain_counting(mut session: Session, taken: Arc<AtomicU64>) {
     while let Some(event) = session.events.recv().await {
         let (disk, extent) = match event.expect("the session goes well") {
             Event::Data { disk, offset_bytes, bytes } => (disk, Extent::new(offset_bytes, bytes.len() as u64)),
@@ -173,11 +190,10 @@ async fn drain(mut session: Session) -> u64 {
             Event::Zero { disk, extent } => (disk, extent),
             _ => continue,
         };
-        bytes_taken += extent.len_bytes;
+        taken.fetch_add(extent.len_bytes, Ordering::Relaxed);
         // Refused once the end has arrived behind the events that still wait here.
         let _ = session.acks.send(Ack { disk, extents: vec![extent] });
     }
-    bytes_taken
 }
 
 fn rate(start: Instant, bytes: u64) -> f64 {
@@ -238,92 +254,110 @@ async fn data() {
     bar("TLS beside plain", medians[1] / medians[0], 0.6, true);
 }
 
-/// Measures both ways over a line, one after the other.
+/// Measures all ways over each line, in turn.
 fn line() {
     let Some(devices) = link::devices() else {
         println!("\nline: not measured: it needs root, `ip` and /dev/net/tun");
         return;
     };
-    println!(
-        "\nline: {:.0} MiB/s, {LINE_SECONDS} s if it were full all the time",
-        LINE_BYTES_PER_S as f64 / MIB as f64
-    );
-    for round_trip_ms in [10, 50] {
-        let link = Link::up(&devices, Duration::from_millis(round_trip_ms));
-        let mut rates = vec![];
-        for what in ["plain", "none", "zstd", "auto"] {
-            rates.push(median((0..3).map(|_| link.measure(what)).collect()));
+    let full = LINE_BYTES_PER_S as f64 / MIB as f64;
+    let congestion = congestion().unwrap_or_else(|| {
+        std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap().trim().to_owned()
+    });
+    println!("\nline: {full:.0} MiB/s, {congestion}; MiB of the disk a second, medians of {LINE_ROUNDS}");
+    let only = std::env::var("LIVEBACKUP_BENCH_LINE").unwrap_or_default();
+    for (round_trip_ms, loss) in LINES {
+        let name = if loss == 0 { round_trip_ms.to_string() } else { format!("{round_trip_ms}/{loss}") };
+        if !only.is_empty() && !only.split(',').any(|word| word == name) {
+            continue;
         }
-        let share = |n: usize| rates[n] * MIB as f64 / LINE_BYTES_PER_S as f64;
-        println!(
-            "{round_trip_ms:>3} ms: plain socket {:.1} MiB/s ({:.2} of the line), livebackup {:.1} ({:.2}), with zstd {:.1}, auto {:.1}; {} packets dropped",
-            rates[0],
-            share(0),
-            rates[1],
-            share(1),
-            rates[2],
-            rates[3],
-            link.dropped()
-        );
-        if round_trip_ms == 50 {
-            bar("at 50 ms beside the line", share(1), 0.8, true);
+        let link = Link::up(&devices, Duration::from_millis(round_trip_ms), loss);
+        let mut ways: Vec<_> = [1, 2, 4, 8].iter().flat_map(|n| [format!("plain:{n}"), format!("none:{n}")]).collect();
+        if loss == 0 {
+            ways.extend(["zstd:1".to_owned(), "auto:1".to_owned()]);
+        }
+        let mut rates = vec![vec![]; ways.len()];
+        for round in 0..LINE_ROUNDS {
+            for n in (0..ways.len()).map(|n| (n + round) % ways.len()) {
+                rates[n].push(link.measure(&ways[n]));
+            }
+        }
+        let rates: Vec<_> = rates.into_iter().map(median).collect();
+        let all: Vec<_> = ways.iter().zip(&rates).map(|(way, rate)| format!("{way} {rate:.1}")).collect();
+        println!("{round_trip_ms:>3} ms, {loss} % lost: {}; dropped {}", all.join(", "), link.dropped());
+        if name == "50" {
+            bar("at 50 ms beside the line", rates[1] / full, 0.8, true);
         }
     }
+}
+
+/// The congestion control that is asked for.
+fn congestion() -> Option<String> {
+    std::env::var("LIVEBACKUP_BENCH_CONGESTION").ok()
 }
 
 /// The server's end of a line: sessions, or plain bytes to who asks for them by one byte.
 async fn serve_line(address: &str) {
     let listener = TcpListener::bind(address).await.unwrap();
+    if let Some(name) = congestion() {
+        // Its connections have it from the listener.
+        // SAFETY: the descriptor is open, and the kernel reads so many bytes of the name during the call.
+        let set = unsafe {
+            let (level, option, len) = (libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.len() as u32);
+            libc::setsockopt(listener.as_raw_fd(), level, option, name.as_ptr().cast(), len)
+        };
+        assert_eq!(set, 0, "{name}: {}", std::io::Error::last_os_error());
+    }
     println!("ready");
+    let trunks = Trunks::default();
     loop {
         let (mut socket, _) = listener.accept().await.unwrap();
-        let mut first = [0];
-        socket.peek(&mut first).await.unwrap();
+        let common = Common { trunks: trunks.of("line".into()), ..Common::default() };
         tokio::spawn(async move {
+            let mut first = [0];
+            socket.peek(&mut first).await.unwrap();
             if first == *b"p" {
-                // A socket that is closed with unread bytes throws away what it has sent.
-                socket.read_exact(&mut first).await.unwrap();
                 let bytes = source(1 << 20);
-                let mut left = LINE_BYTES_PER_S * LINE_SECONDS;
                 for piece in bytes.iter().cycle() {
-                    let now = left.min(MIB) as usize;
-                    left -= now as u64;
-                    if socket.write_all(&piece[..now]).await.is_err() || left == 0 {
-                        break;
+                    if socket.write_all(piece).await.is_err() {
+                        return;
                     }
                 }
-                return;
             }
             let stream = Stream::tcp(socket).unwrap();
-            let _ = serve_connection(stream, Timing::default(), |_| async { Ok(Answer::Session(sidecar())) }).await;
+            let _ = serve_with(stream, Timing::default(), common, |_| async { Ok(Answer::Session(sidecar())) }).await;
         });
     }
 }
 
-/// The client's end: prints MiB of the disk a second.
+/// The client's end: prints MiB of the disk a second. What is asked for is a way and a number of connections.
 async fn take_line(address: &str, what: &str) {
-    let start = Instant::now();
-    let bytes = match what {
-        "plain" => {
-            let mut socket = TcpStream::connect(address).await.unwrap();
+    let (how, connections) = what.split_once(':').unwrap();
+    let connections: u32 = connections.parse().unwrap();
+    let taken = Arc::new(AtomicU64::new(0));
+    let count = taken.clone();
+    if how == "plain" {
+        for _ in 0..connections {
+            let (mut socket, count) = (TcpStream::connect(address).await.unwrap(), count.clone());
             socket.write_all(b"p").await.unwrap();
-            let (mut buffer, mut all) = (vec![0; 1 << 20], 0);
-            while let Ok(n @ 1..) = socket.read(&mut buffer).await {
-                all += n as u64;
-            }
-            all
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 1 << 20];
+                while let Ok(n @ 1..) = socket.read(&mut buffer).await {
+                    count.fetch_add(n as u64, Ordering::Relaxed);
+                }
+            });
         }
-        what => {
-            let client = Client::connect(&Address::Tcp(address.to_owned())).await.unwrap();
-            drain(client.begin(begin("vm", what.parse().unwrap())).await.unwrap()).await
-        }
-    };
-    assert!(bytes >= line_bytes().min(LINE_BYTES_PER_S * LINE_SECONDS));
-    println!("{}", rate(start, bytes));
-}
-
-fn line_bytes() -> u64 {
-    LINE_BYTES_PER_S * LINE_SECONDS / MIB * MIB
+    } else {
+        let client = Client::connect(&Address::Tcp(address.to_owned())).await.unwrap();
+        let begin = Begin { connections: Some(connections), ..begin("vm", how.parse().unwrap()) };
+        let session = client.begin(begin).await.unwrap();
+        tokio::spawn(drain_counting(session, count));
+    }
+    tokio::time::sleep(Duration::from_secs(LINE_SECONDS.0)).await;
+    let (start, before) = (Instant::now(), taken.load(Ordering::Relaxed));
+    tokio::time::sleep(Duration::from_secs(LINE_SECONDS.1 - LINE_SECONDS.0)).await;
+    println!("{}", rate(start, taken.load(Ordering::Relaxed) - before));
+    std::process::exit(0);
 }
 
 /// Bytes that compress by about half.
@@ -342,17 +376,13 @@ fn sidecar() -> Session {
     let (acks, mut acked) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         let bytes = source(MIB as usize);
-        for (n, bytes) in bytes.iter().cycle().take((line_bytes() / MIB) as usize).enumerate() {
+        for (n, bytes) in bytes.iter().cycle().enumerate() {
             let event = Event::Data { disk: 0, offset_bytes: n as u64 * MIB, bytes: bytes.clone() };
             if to_client.send(Ok(event)).await.is_err() {
                 return;
             }
             while acked.try_recv().is_ok() {}
         }
-        for event in [Event::Sent, Event::End(Totals::default())] {
-            let _ = to_client.send(Ok(event)).await;
-        }
-        while acked.recv().await.is_some() {}
     });
     Session { begun: begun(), events, acks, digests: None, lasting: None }
 }
@@ -364,7 +394,7 @@ fn begun() -> Begun {
         device: "virtio-blk-device".into(),
         qom_path: "/machine/peripheral/disk0".into(),
         node: "disk0".into(),
-        size_bytes: line_bytes(),
+        size_bytes: LINE_DISK_BYTES,
         read_only: false,
         iothread: false,
         discard_unmap: false,
@@ -376,7 +406,7 @@ fn begun() -> Begun {
         checkpoint: None,
         epoch: None,
         taken: Taken::Full { reason: "first".into() },
-        needed_bytes: line_bytes(),
+        needed_bytes: LINE_DISK_BYTES,
         audited_chunks: 0,
         areas: None,
     };

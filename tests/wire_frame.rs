@@ -9,7 +9,7 @@ use livebackup::codec::{Codec, Packed, Piece};
 use livebackup::extent::Extent;
 use livebackup::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
 use livebackup::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
-use livebackup::wire::frame::{Encoded, FrameError, MAX_REQUEST_BYTES, Place};
+use livebackup::wire::frame::{Encoded, FrameError, MAX_PART_BYTES, MAX_REQUEST_BYTES, Place};
 use livebackup::wire::link::LinkError;
 use livebackup::wire::reader::{Frame, FrameReader};
 use livebackup::wire::writer::FrameWriter;
@@ -220,6 +220,9 @@ fn a_frame() -> impl Strategy<Value = Frame> {
             let digests = (0..count).map(|i| ChunkDigest::from_bytes([fill ^ i as u8; 32])).collect();
             Frame::Digests(Digests { disk, first_chunk, digests })
         }),
+        (any::<u64>(), prop_oneof![0usize..100, 0..=MAX_PART_BYTES], any::<u8>()).prop_map(|(number, len, fill)| {
+            Frame::Part(number, (0..len).map(|i| (i as u8).wrapping_mul(31) ^ fill).collect())
+        }),
         Just(Frame::Alive),
     ]
 }
@@ -235,6 +238,7 @@ fn encode(frame: &Frame) -> Encoded {
         Frame::Zero(place) => Encoded::zero(place.disk, place.extent).unwrap(),
         Frame::Same(place) => Encoded::same(place.disk, place.extent).unwrap(),
         Frame::Digests(digests) => Encoded::digests(digests).unwrap(),
+        Frame::Part(number, bytes) => Encoded::part(*number, bytes.clone()).unwrap(),
         Frame::Alive => Encoded::alive(),
     }
 }

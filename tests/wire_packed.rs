@@ -18,7 +18,7 @@ use livebackup::repo::{Compression, Digest, ReadOptions, Repository};
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::message::*;
 use livebackup::wire::packing::{How, Packing, Wanted};
-use livebackup::wire::{Answer, Client, Stream, Timing, serve_packing};
+use livebackup::wire::{Answer, Client, Common, Stream, Timing, serve_with};
 use repo_common::pattern;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -124,7 +124,8 @@ async fn served(events: Vec<Event>, packing: Packing) -> Client {
                     }
                 }
             };
-            tokio::spawn(serve_packing(Stream::tcp(socket).unwrap(), Timing::default(), packing.clone(), handler));
+            let common = Common { packing: packing.clone(), ..Common::default() };
+            tokio::spawn(serve_with(Stream::tcp(socket).unwrap(), Timing::default(), common, handler));
         }
     });
     let stream = Stream::tcp(TcpStream::connect(address).await.unwrap()).unwrap();

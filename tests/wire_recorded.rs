@@ -9,6 +9,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use livebackup::extent::Extent;
@@ -16,8 +18,10 @@ use livebackup::wire::frame::MAX_REPLY_BYTES;
 use livebackup::wire::message::*;
 use livebackup::wire::packing::{How, Packing, Wanted};
 use livebackup::wire::reader::{Frame, FrameReader};
-use livebackup::wire::{Answer, Client, Stream, Timing, serve_packing};
+use livebackup::wire::trunk::Trunks;
+use livebackup::wire::{Address, Answer, Client, Common, Stream, Timing, serve_with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 const CLIENT: &[u8] = include_bytes!("fixtures/wire-v1/client.bin");
@@ -29,6 +33,21 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i as u8).wrapping_mul(7)).collect()
 }
 
+/// The same over TCP, for a client that knows how to connect again; how often it did so.
+async fn recorded_server_at_an_address() -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, connections) = (listener.local_addr().unwrap().to_string(), Arc::new(AtomicUsize::new(0)));
+    let count = connections.clone();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            count.fetch_add(1, Ordering::SeqCst);
+            socket.write_all(SERVER).await.unwrap();
+            let _ = socket.read_to_end(&mut vec![]).await;
+        }
+    });
+    (address, connections)
+}
+
 /// A client over what the recorded server said.
 async fn recorded_server() -> (Client, tokio::io::DuplexStream) {
     let (mut near, far) = tokio::io::duplex(1 << 20);
@@ -38,16 +57,17 @@ async fn recorded_server() -> (Client, tokio::io::DuplexStream) {
 
 #[tokio::test]
 async fn todays_client_understands_the_first_server() {
-    let (mut client, _near) = recorded_server().await;
+    let (address, connections) = recorded_server_at_an_address().await;
+    let mut client = Client::connect(&Address::Tcp(address)).await.unwrap();
     assert_eq!(client.server_software(), "livebackup 0.1.0");
     let Reply::List { vms } = client.request(Request::List).await.unwrap() else { panic!() };
     assert_eq!((vms[0].vm.as_str(), vms[0].state.as_str()), ("vm", "running"));
     let Reply::Status { vms } = client.request(Request::Status { vm: None }).await.unwrap() else { panic!() };
     assert_eq!(vms[0].session.as_ref().unwrap().sent_bytes, 5);
-    // A client of today asks for compression; a server that does not know of that sends data.
+    // A client of today asks for compression and several connections; a server that does not know of that sends data, over one.
     let compression = Some(Wanted { how: Some(How::Zstd), level: 1 });
-    let begin =
-        Begin { vm: "vm".into(), chunk_bytes: 65536, checkpoint: true, wait: true, compression, ..Begin::default() };
+    let asked = Begin { vm: "vm".into(), chunk_bytes: 65536, checkpoint: true, wait: true, ..Begin::default() };
+    let begin = Begin { compression, connections: Some(4), ..asked };
     let mut session = client.begin(begin).await.unwrap();
     assert_eq!(session.begun.disks[0].disk.size_bytes, 262_656);
     let mut image = vec![0xaa; 262_656];
@@ -66,6 +86,7 @@ async fn todays_client_understands_the_first_server() {
             }
         }
     }
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
     let expected = [pattern(65536), vec![0; 131_072], pattern(65536), pattern(512)].concat();
     assert!(image == expected);
 }
@@ -109,9 +130,11 @@ async fn todays_server_understands_the_first_client() {
                 }
             }
         };
-        // One that would compress all that it sends does not, for a client that knows nothing of it.
+        // One that would compress all that it sends, and over several connections, does not for a client that knows nothing
+        // of it.
         let packing = Packing::new(How::Zstd, 1);
-        serve_packing(Stream::new(far, "recorded"), Timing::default(), packing, handler).await
+        let common = Common { packing, trunks: Trunks::default().of("recorded".into()) };
+        serve_with(Stream::new(far, "recorded"), Timing::default(), common, handler).await
     });
     // It asks one thing at a time, so what it sent is played in its own steps: hello, two requests, the begin.
     let mut cuts = vec![];

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
-use super::in_namespace;
+use super::{Rng, in_namespace};
 
 /// 480 Mbit/s: what two processors can carry packet by packet beside both ends.
 pub const LINE_BYTES_PER_S: u64 = 60_000_000;
@@ -98,13 +98,17 @@ impl Drop for Link {
 }
 
 impl Link {
-    pub fn up(devices: &Devices, round_trip: Duration) -> Link {
+    /// So many packets of a hundred are lost, each way.
+    pub fn up(devices: &Devices, round_trip: Duration, loss: u64) -> Link {
         let mut link = Link { down: Arc::default(), dropped: Arc::default(), threads: vec![] };
         for (from, to) in [(0, 1), (1, 0)] {
+            let to_seed = to as u64;
             let way = Arc::new(Way::default());
             let [mut from, mut to] = [from, to].map(|n: usize| devices.0[n].try_clone().unwrap());
             let (down, dropped, queue) = (link.down.clone(), link.dropped.clone(), way.clone());
-            link.threads.push(thread::spawn(move || take(&mut from, &queue, round_trip, &down, &dropped)));
+            let mut rng = Rng::seeded(loss + to_seed);
+            let is_lost = move || rng.below(100) < loss;
+            link.threads.push(thread::spawn(move || take(&mut from, &queue, round_trip, is_lost, &down, &dropped)));
             let down = link.down.clone();
             link.threads.push(thread::spawn(move || give(&mut to, &way, &down)));
         }
@@ -129,8 +133,15 @@ impl Link {
 }
 
 /// Takes packets, and says when each is to arrive: after those before it, at the line's rate, and half a round trip later. What
-/// finds the queue full is dropped.
-fn take(from: &mut File, way: &Way, round_trip: Duration, down: &AtomicBool, dropped: &AtomicU64) {
+/// finds the queue full is dropped, and so is what is lost.
+fn take(
+    from: &mut File,
+    way: &Way,
+    round_trip: Duration,
+    mut is_lost: impl FnMut() -> bool,
+    down: &AtomicBool,
+    dropped: &AtomicU64,
+) {
     let queue_bytes = (LINE_BYTES_PER_S as f64 * round_trip.as_secs_f64()) as u64;
     let longest = Duration::from_secs_f64(queue_bytes.max(LEAST_QUEUE_BYTES) as f64 / LINE_BYTES_PER_S as f64);
     let mut free = Instant::now();
@@ -142,7 +153,7 @@ fn take(from: &mut File, way: &Way, round_trip: Duration, down: &AtomicBool, dro
         }
         let n = from.read(&mut buffer).unwrap();
         let now = Instant::now();
-        if free.saturating_duration_since(now) > longest {
+        if is_lost() || free.saturating_duration_since(now) > longest {
             dropped.fetch_add(1, Ordering::SeqCst);
             continue;
         }

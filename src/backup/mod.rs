@@ -86,6 +86,8 @@ pub struct BackupOptions {
     pub limit_rate: Option<u64>,
     /// How data is compressed on its way here; as the server is configured when absent.
     pub wire_compression: Option<How>,
+    /// Over how many connections a server sends the data.
+    pub connections: u32,
 }
 
 impl Default for BackupOptions {
@@ -102,6 +104,7 @@ impl Default for BackupOptions {
             audit_permille: audit::DEFAULT_PERMILLE,
             limit_rate: None,
             wire_compression: None,
+            connections: 1,
         }
     }
 }
@@ -153,6 +156,7 @@ async fn choose(
         resume: None,
         areas: Some(plan.areas()),
         compression: sidecar.here().is_none().then(|| wanted(options)).flatten(),
+        connections: Some(options.connections).filter(|count| *count > 1 && sidecar.here().is_none()),
     };
     Ok((plan, begin))
 }

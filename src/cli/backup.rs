@@ -25,6 +25,7 @@ use crate::repo::point::Level;
 use crate::units::human_bytes;
 use crate::vm::{QuietOptions, VmOptions};
 use crate::wire::packing::How;
+use crate::wire::trunk::MAX_CONNECTIONS;
 
 #[derive(Debug, Args)]
 pub struct BackupArgs {
@@ -55,6 +56,9 @@ pub struct BackupArgs {
     /// Take not more than so much a second, as it comes over the line (20MiB, 500KiB): for a line that others use as well.
     #[arg(long, value_name = "SIZE", value_parser = super::values::rate)]
     limit_rate: Option<u64>,
+    /// Take the data over so many connections: for a long way on which packets get lost. Others on the same line get less of it.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_CONNECTIONS)), default_value = "1")]
+    connections: u32,
     #[command(flatten)]
     quiet: QuietArgs,
     #[command(flatten)]
@@ -257,6 +261,7 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
         limit_rate,
         compression,
         wire_compression: args.wire_compression,
+        connections: args.connections,
         freeze,
         audit_permille,
         budget,

@@ -78,9 +78,10 @@ impl fmt::Display for StatusReport<'_> {
             Some(session) => {
                 let rate = rate(session, self.before.and_then(|before| before.session.as_ref()));
                 let by = session.client.as_ref().map(|client| format!(" for {client}")).unwrap_or_default();
+                let over = session.connections.map(|count| format!(" over {count} connections")).unwrap_or_default();
                 writeln!(
                     f,
-                    "a backup is running{by}: instant {:.0}, {} of {} sent, {}/s, {} of scratch",
+                    "a backup is running{by}{over}: instant {:.0}, {} of {} sent, {}/s, {} of scratch",
                     session.instant,
                     human_bytes(session.sent_bytes),
                     human_bytes(session.needed_bytes),
@@ -225,6 +226,7 @@ mod tests {
             running_ms,
             client: None,
             lost: None,
+            connections: None,
             impact: vec![],
         };
         assert_eq!(rate(&session(5000, 1000), None), 5000);

@@ -87,9 +87,12 @@ impl Caller {
             | Request::Status { .. }
             | Request::Doctor { .. }
             | Request::Estimate(_) => May::List,
-            Request::Begin(_) | Request::Ack(_) | Request::Resume(_) | Request::Received | Request::Leave { .. } => {
-                May::Backup
-            }
+            Request::Begin(_)
+            | Request::Ack(_)
+            | Request::Resume(_)
+            | Request::Join { .. }
+            | Request::Received
+            | Request::Leave { .. } => May::Backup,
             Request::Detach { .. } => May::Detach,
         };
         if grants.may.contains(&needs) {

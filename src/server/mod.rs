@@ -20,7 +20,7 @@ use crate::vm::VmOptions;
 use crate::wire::message::{Failure, FailureCode};
 use crate::wire::packing::{How, Packing};
 use crate::wire::rate::Limit;
-use crate::wire::{Address, Timing, serve_packing};
+use crate::wire::{Address, Common, Timing, serve_with};
 
 mod config;
 mod door;
@@ -176,7 +176,8 @@ async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, line: O
                 None => stream,
             };
             // What went wrong is logged where it was seen.
-            let _ = serve_packing(stream, timing, packing, |request| service.answer(caller, request)).await;
+            let common = Common { packing, trunks: service.trunks().of(caller.identity()) };
+            let _ = serve_with(stream, timing, common, |request| service.answer(caller, request)).await;
         }
     }
 }

@@ -14,6 +14,7 @@ use super::on_demand::OnDemand;
 use super::queue::{Place, Queue};
 use crate::vm::Vm;
 use crate::wire::message::{Begin, Failure, FailureCode, Reply, Request, Session, VmEntry, VmStatus};
+use crate::wire::trunk::Trunks;
 use crate::wire::{Answer, Timing};
 
 /// How long a request waits for VMs that are being attached at the service's start.
@@ -40,13 +41,19 @@ pub struct Service {
     vms: Arc<Mutex<BTreeMap<String, State>>>,
     queue: Queue,
     held: Held,
+    trunks: Trunks,
 }
 
 impl Service {
     /// A service that knows no VM yet, and holds lost clients' sessions for `grace`.
     pub fn new(max_sessions: usize, grace: Duration) -> Self {
         let held = Held::new(grace, Timing::default().session);
-        Self { vms: Arc::default(), queue: Queue::new(max_sessions), held }
+        Self { vms: Arc::default(), queue: Queue::new(max_sessions), held, trunks: Trunks::default() }
+    }
+
+    /// The sessions with several connections.
+    pub fn trunks(&self) -> &Trunks {
+        &self.trunks
     }
 
     /// Gives up all sessions that are held for clients to come back.
@@ -129,8 +136,8 @@ impl Service {
             }
             Request::Leave { vm, token } => self.held.leave(caller, &vm, token).map(|()| Reply::Left)?,
             Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
-            Request::Ack(_) | Request::Received => {
-                return Err(Failure::new(FailureCode::Protocol, "an acknowledgement without a session"));
+            Request::Ack(_) | Request::Received | Request::Join { .. } => {
+                return Err(Failure::new(FailureCode::Protocol, "a message of a session without one"));
             }
         };
         Ok(Answer::Reply(reply))
@@ -193,6 +200,7 @@ impl Service {
         if let Some(session) = &mut status.session {
             session.client = self.queue.running(&status.vm).map(|running| running.client);
             session.lost = self.held.lost_since(&status.vm);
+            session.connections = self.trunks.connections_of(&status.vm);
         }
         status
     }

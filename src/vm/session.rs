@@ -120,6 +120,7 @@ impl Vm {
             running_ms: 0,
             client: None,
             lost: None,
+            connections: None,
             impact: vec![],
         };
         self.set_progress(|p| *p = Some(progress));

@@ -6,11 +6,13 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tokio::io::AsyncRead;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::contract::Promise;
 use super::frame::{self, Encoded, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Place};
+use super::gather::{Gather, Half, Missed};
 use super::hello::{self, Version};
 use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Begin, Begun, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
@@ -18,6 +20,7 @@ use super::reader::{Frame, FrameReader};
 use super::resume::{Resume, Token};
 use super::session;
 use super::tls::Connector;
+use super::trunk::MAX_CONNECTIONS;
 use super::writer::FrameWriter;
 use crate::extent::Extent;
 
@@ -171,6 +174,11 @@ impl Client {
             let what = format!("the connection to {} was given up in the middle of a request", self.peer);
             return Err(Failure::new(FailureCode::Disconnected, what));
         }
+        let mut joinable = match &request {
+            Request::Begin(begin) => begin.connections.unwrap_or(0),
+            Request::Resume(_) => MAX_CONNECTIONS,
+            _ => 0,
+        };
         let frame = Encoded::control(&request, MAX_REQUEST_BYTES)
             .map_err(|e| Failure::new(FailureCode::Internal, format!("the request cannot be sent: {e}")))?;
         self.spent = true;
@@ -187,11 +195,13 @@ impl Client {
                         Reply::Resumable { grace_ms, acks } => {
                             (self.grace, self.acks_heard) = (Some(Duration::from_millis(grace_ms)), acks);
                         }
+                        Reply::Joinable { token, more } if more < joinable => {
+                            joinable = 0;
+                            self.gather(token, more);
+                        }
                         reply => break reply,
                     },
-                    Some(Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Digests(_)) => {
-                        return Err(breach(&self.peer, "data without a session"));
-                    }
+                    Some(_) => return Err(breach(&self.peer, "data without a session")),
                     None => return Err(closed(&self.peer)),
                 },
                 _ = alive.tick() => {
@@ -204,6 +214,32 @@ impl Client {
         match reply {
             Reply::Failed(failure) => Err(failure),
             reply => Ok(reply),
+        }
+    }
+
+    /// Reads on from several connections together: this one, and so many that are opened meanwhile.
+    fn gather(&mut self, token: Token, more: u32) {
+        let reader = |stream: Box<dyn AsyncRead + Send + Unpin>| {
+            FrameReader::new(stream, self.peer.clone(), MAX_REPLY_BYTES, self.timing.silence)
+        };
+        let first = std::mem::replace(&mut self.reader, reader(Box::new(tokio::io::empty())));
+        let door = self.door.clone().into_iter();
+        let more = door.flat_map(|door| std::iter::repeat_n(door, more as usize)).map(|door| async move {
+            // Boxed, since a connection that joins is a client's like any other.
+            let client: Client = Box::pin(door.enter()).await.map_err(Missed::Absent)?;
+            client.join(token).await
+        });
+        self.reader = reader(Box::new(Gather::new(first, &self.peer, self.timing.silence, more)));
+    }
+
+    /// Joins a session with this connection.
+    async fn join(mut self, token: Token) -> Result<Half, Missed> {
+        match self.exchange(Request::Join { token }, &mut |_| {}).await {
+            Ok(Reply::Joined) => Ok((self.reader, Some(self.writer))),
+            Ok(other) => Err(Missed::Lost(breach(&self.peer, &format!("{} in answer to a join", name(&other))))),
+            // The answer was lost, or was none.
+            Err(failure) if self.spent => Err(Missed::Lost(failure)),
+            Err(refused) => Err(Missed::Absent(refused)),
         }
     }
 
@@ -254,9 +290,11 @@ impl Client {
     /// As [`Client::begin`].
     pub async fn begin_when_free(
         mut self,
-        begin: Begin,
+        mut begin: Begin,
         mut on_waiting: impl FnMut(&Waiting) + Send,
     ) -> Result<Session, Failure> {
+        // Where it does not know how to connect again, it cannot do so several times.
+        begin.connections = begin.connections.filter(|_| self.door.is_some());
         let asked = self.exchange(Request::Begin(begin.clone()), &mut on_waiting).await;
         let begun = match (asked, begin.resume) {
             (Err(lost), Some(token)) if self.spent && lost.code == FailureCode::Disconnected => {
@@ -337,6 +375,8 @@ pub(super) fn name(reply: &Reply) -> &'static str {
         Reply::Estimate { .. } => "an estimate",
         Reply::Begun(_) => "a second begin",
         Reply::Resumable { .. } => "\"resumable\"",
+        Reply::Joinable { .. } => "\"joinable\"",
+        Reply::Joined => "\"joined\"",
         Reply::Left => "\"left\"",
         Reply::Waiting(_) => "a place in the queue",
         Reply::Sent => "\"sent\"",

@@ -17,12 +17,13 @@
 //! kind 7, packed    payload = disk u16 ‖ count u16 ‖ raw_len u32 ‖ offset u64 ‖ piece u32 × 16 ‖ bytes
 //!                   piece = len u24 ‖ codec u8     a chunk each, in order; those past count are 0
 //!                   codec 0: as it is. 1: a zstd frame. 2: an lz4 block. bytes: the pieces', one after the other
+//! kind 8, part      from a server; payload = number u64 ‖ bytes       a piece of a session's frames, see `trunk`
 //! ```
 //!
 //! Bounds: control at most 1 MiB from a client and 4 MiB from a server; data 1 to 2^20 bytes, packed the same before and after;
-//! an extent is not empty and ends at 2^56 at most. Kinds 5 and 6 come only where `Begin` and `Begun` agreed on a scan or an
-//! audit, kind 7 only where `Begin` says that the client takes it. Anything else, a reserved field that is not zero included,
-//! ends the connection.
+//! a part up to 2^16; an extent is not empty and ends at 2^56 at most. Kinds 5 and 6 come only where `Begin` and `Begun` agreed
+//! on a scan or an audit, kind 7 only where `Begin` says that the client takes it, kind 8 only after `Reply::Joinable`. Anything
+//! else, a reserved field that is not zero included, ends the connection.
 //!
 //! Reasons. A checksum in every frame finds what TCP's 16 bits let through, at 10 GiB/s and more. The length is covered by
 //! the checksum but has to be used before that can be checked, so it has tight bounds by kind. A client's control
@@ -40,7 +41,7 @@ use super::digests::{DIGEST_BYTES, DIGESTS_HEAD_BYTES, Digests, MAX_DIGESTS};
 use crate::codec::{Codec, MAX_PIECES, Packed, Piece};
 use crate::extent::Extent;
 use crate::limits::{MAX_DISK_BYTES, MAX_READ_BYTES};
-use crate::units::MIB;
+use crate::units::{KIB, MIB};
 
 /// Length of a frame's header.
 pub const HEAD_BYTES: usize = 12;
@@ -50,6 +51,10 @@ pub const DATA_HEAD_BYTES: usize = 16;
 pub const ZERO_BYTES: usize = 24;
 /// Length of what comes before the bytes in a packed frame's payload.
 pub const PACKED_HEAD_BYTES: usize = 16 + 4 * MAX_PIECES;
+/// Length of what comes before the bytes in a part's payload.
+pub const PART_HEAD_BYTES: usize = 8;
+/// Most bytes in a part.
+pub const MAX_PART_BYTES: usize = 64 * KIB as usize;
 /// Longest of the fixed parts.
 pub const MAX_FIXED_BYTES: usize = PACKED_HEAD_BYTES;
 /// Longest control payload that a server takes.
@@ -62,6 +67,7 @@ pub const MAX_ACK_EXTENTS: usize = 4096;
 const CHECKED_BYTES: usize = 8;
 const MAX_DATA_PAYLOAD: u32 = MAX_READ_BYTES as u32 + DATA_HEAD_BYTES as u32;
 const MAX_PACKED_PAYLOAD: u32 = MAX_READ_BYTES as u32 + PACKED_HEAD_BYTES as u32;
+const MAX_PART_PAYLOAD: u32 = (PART_HEAD_BYTES + MAX_PART_BYTES) as u32;
 /// Longest JSON of an extent: two numbers of 20 digits and their names.
 const MAX_EXTENT_JSON: usize = 2 * 20 + r#"{"offset_bytes":,"len_bytes":},"#.len();
 
@@ -71,6 +77,7 @@ const MAX_DIGESTS_PAYLOAD: u32 = (DIGESTS_HEAD_BYTES + MAX_DIGESTS * DIGEST_BYTE
 const _: () = assert!(CHECKED_BYTES + 4 == HEAD_BYTES);
 const _: () = assert!(MAX_READ_BYTES < 1 << 24, "a piece's length has 24 bits");
 const _: () = assert!(ZERO_BYTES <= MAX_FIXED_BYTES && DATA_HEAD_BYTES <= MAX_FIXED_BYTES);
+const _: () = assert!(PART_HEAD_BYTES <= MAX_FIXED_BYTES && MAX_PART_BYTES as u64 <= MAX_READ_BYTES);
 const _: () = assert!(DIGESTS_HEAD_BYTES <= ZERO_BYTES && MAX_DIGESTS * DIGEST_BYTES <= MAX_READ_BYTES as usize);
 
 /// Kinds of frames.
@@ -91,6 +98,8 @@ pub enum Kind {
     Same = 6,
     /// Bytes of a disk, compressed chunk by chunk.
     Packed = 7,
+    /// A piece of a session's frames, on one of its connections.
+    Part = 8,
 }
 
 /// A frame that was not taken, or cannot be made.
@@ -135,6 +144,9 @@ pub enum FrameError {
     /// Pieces that contradict themselves.
     #[error("packed bytes whose pieces contradict their frame")]
     Pieces,
+    /// Parts that cannot be put together.
+    #[error("parts of a session that do not follow each other")]
+    Disorder,
     /// A control payload that is no message.
     #[error("a control message that cannot be read: {0}")]
     Json(String),
@@ -165,6 +177,7 @@ impl Head {
             5 => Kind::Digests,
             6 => Kind::Same,
             7 => Kind::Packed,
+            8 => Kind::Part,
             other => return Err(FrameError::Kind(other)),
         };
         if (flags, r0, r1) != (0, 0, 0) {
@@ -177,6 +190,7 @@ impl Head {
             Kind::Alive => 0..=0,
             Kind::Digests => DIGESTS_HEAD_BYTES as u32..=MAX_DIGESTS_PAYLOAD,
             Kind::Packed => PACKED_HEAD_BYTES as u32 + 1..=MAX_PACKED_PAYLOAD,
+            Kind::Part => PART_HEAD_BYTES as u32..=MAX_PART_PAYLOAD,
         };
         if !allowed.contains(&payload_bytes) {
             return Err(FrameError::Length { kind, len_bytes: payload_bytes.into() });
@@ -193,6 +207,7 @@ impl Head {
             Kind::Zero | Kind::Same => ZERO_BYTES,
             Kind::Digests => DIGESTS_HEAD_BYTES,
             Kind::Packed => PACKED_HEAD_BYTES,
+            Kind::Part => PART_HEAD_BYTES,
             Kind::Control | Kind::Alive => 0,
         }
     }
@@ -356,6 +371,14 @@ impl Encoded {
     /// A same frame.
     pub fn same(disk: u16, extent: Extent) -> Result<Self, FrameError> {
         Self::extent(Kind::Same, disk, extent)
+    }
+
+    /// A part of 0 to [`MAX_PART_BYTES`] bytes.
+    pub fn part(number: u64, bytes: Bytes) -> Result<Self, FrameError> {
+        match bytes.len() {
+            0..=MAX_PART_BYTES => Ok(Self::new(Kind::Part, &number.to_le_bytes(), bytes)),
+            len => Err(FrameError::Length { kind: Kind::Part, len_bytes: len as u64 }),
+        }
     }
 
     /// A digests frame.

@@ -28,7 +28,7 @@ pub fn frames(bytes: &[u8]) {
             Kind::Zero | Kind::Same => {
                 let _ = payload.first_chunk::<ZERO_BYTES>().map(Place::decode_zero);
             }
-            Kind::Digests | Kind::Alive => {}
+            Kind::Digests | Kind::Part | Kind::Alive => {}
         }
         rest = next;
     }
@@ -77,6 +77,9 @@ mod tests {
             let request = br#"{"request":"begin","vm":"v","since":{},"chunk_bytes":65536,"checkpoint":true}"#;
             let failed = br#"{"reply":"failed","code":"busy","message":"m"}"#;
             let data = [&[0; 12][..], &[4, 0, 0, 0], b"abcd"].concat();
+            let join = br#"{"request":"join","token":"00112233445566778899aabbccddeeff"}"#;
+            let joinable = br#"{"reply":"joinable","token":"00112233445566778899aabbccddeeff","more":3}"#;
+            let part = [&7u64.to_le_bytes()[..], b"some of a frame"].concat();
             let zero = [&[0; 16][..], &[0, 0, 1, 0, 0, 0, 0, 0]].concat();
             let packed = |codec| {
                 let raw: Vec<u8> = (0..70_000u32).map(|i| (i / 999) as u8).collect();
@@ -90,6 +93,7 @@ mod tests {
             let mut bytes = [
                 frame(Kind::Control, request), frame(Kind::Data, &data), frame(Kind::Zero, &zero),
                 packed(Codec::Zstd), packed(Codec::Lz4), frame(Kind::Alive, b""), frame(Kind::Control, failed),
+                frame(Kind::Control, join), frame(Kind::Control, joinable), frame(Kind::Part, &part), frame(Kind::Part, &[1; 8]),
             ].concat();
             frames(&bytes);
             for (at, value) in changes {

@@ -52,6 +52,11 @@ pub enum Request {
     Resume(Resume),
     /// All that was sent has arrived: the fleece may be closed. Only in a session that can be resumed, after `Sent`.
     Received,
+    /// This connection is one more for the session of a [`trunk`](super::trunk). Nothing else is said on it.
+    Join {
+        /// From [`Reply::Joinable`].
+        token: Token,
+    },
     /// A session that could be resumed is given up, in it or over another connection.
     Leave {
         /// Its VM.
@@ -118,6 +123,9 @@ pub struct Begin {
     /// The client takes packed frames. Absent of one that does not know them, or wants none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<Wanted>,
+    /// Over how many connections the client would take the session, if it knows [`trunk`](super::trunk)s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
 }
 
 /// What a client lacks of a disk, and where that was found.
@@ -201,6 +209,16 @@ pub enum Reply {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         acks: Option<u64>,
     },
+    /// To [`Request::Begin`] with [`Begin::connections`] and to its [`Request::Resume`], before the answer itself: what comes now
+    /// comes in parts, and further connections may join.
+    Joinable {
+        /// What they are to show.
+        token: Token,
+        /// How many.
+        more: u32,
+    },
+    /// To [`Request::Join`]: parts follow.
+    Joined,
     /// To [`Request::Begin`]: the instant is behind us; data follows. To [`Request::Resume`]: the same as the first time.
     Begun(Box<Begun>),
     /// All data of the needed set has been sent; the fleece is being closed.
@@ -307,6 +325,9 @@ pub struct SessionStatus {
     /// Since when its client's connection is lost, if it is: the session is held for it to come back.
     #[serde(default)]
     pub lost: Option<Timestamp>,
+    /// Over how many connections its data goes, where there are several.
+    #[serde(default)]
+    pub connections: Option<u32>,
 }
 
 /// Tracking of one disk.

@@ -17,7 +17,8 @@
 //!
 //! `Reply::Failed` takes the place of any reply; inside a session it is the last frame. Whoever has nothing to say while
 //! the other waits sends an Alive frame every [`Timing::alive_every`]; whoever hears nothing for [`Timing::silence`] while
-//! it waits closes. Closing the connection ends a session and closes its fleece, unless both ends can [`resume`] it.
+//! it waits closes. Closing the connection ends a session and closes its fleece, unless both ends can [`resume`] it. A
+//! session's data may come over several connections, a [`trunk`].
 //!
 //! Neither side believes the other: every length is bounded before memory is taken for it, and [`contract`] holds a
 //! session to what [`message`] promises.
@@ -27,6 +28,7 @@ pub mod contract;
 pub mod digests;
 pub mod frame;
 pub mod fuzz;
+mod gather;
 pub mod hello;
 pub mod link;
 pub mod message;
@@ -37,10 +39,12 @@ pub mod reader;
 pub mod resume;
 pub mod server;
 pub mod session;
+mod spread;
 pub mod tls;
+pub mod trunk;
 pub mod unheard;
 pub mod writer;
 
 pub use client::{Address, Client, Door};
 pub use link::{Stream, Timing};
-pub use server::{Answer, serve_connection, serve_packing};
+pub use server::{Answer, Common, serve_connection, serve_with};

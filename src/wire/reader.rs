@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, BufReader};
 use tokio::time::{Instant, timeout_at};
 
 use super::digests::Digests;
-use super::frame::{FrameError, HEAD_BYTES, Head, Kind, MAX_FIXED_BYTES, Place, ZERO_BYTES};
+use super::frame::{FrameError, HEAD_BYTES, Head, Kind, MAX_FIXED_BYTES, PART_HEAD_BYTES, Place, ZERO_BYTES};
 use super::link::LinkError;
 use super::pool::{Buffer, Pool};
 use crate::codec::{Packed, Piece};
@@ -32,6 +32,8 @@ pub enum Frame {
     Same(Place),
     /// What a client knows of a disk's chunks.
     Digests(Digests),
+    /// A piece of a session's frames: its number, and the bytes.
+    Part(u64, Bytes),
     /// A sign of life.
     Alive,
 }
@@ -70,6 +72,7 @@ enum Rest {
     Data(Place, Buffer),
     Packed(Place, Vec<Piece>, Buffer),
     Digests(Digests, Buffer),
+    Part(Buffer),
 }
 
 impl FrameReader {
@@ -140,7 +143,8 @@ fn refused(peer: &str) -> impl FnOnce(FrameError) -> LinkError {
 
 fn lost(peer: &str, silence: Duration) -> impl FnOnce(Option<io::Error>) -> LinkError {
     move |error| match error {
-        Some(source) => LinkError::Io { peer: peer.to_owned(), source },
+        // Where the bytes come from connections of their own, one of those says it best.
+        Some(error) => error.downcast().unwrap_or_else(|source| LinkError::Io { peer: peer.to_owned(), source }),
         None => LinkError::Silent { peer: peer.to_owned(), silence },
     }
 }
@@ -160,6 +164,11 @@ async fn hear(
 /// The payload of a zero or same frame.
 fn zero(fixed: &[u8; MAX_FIXED_BYTES]) -> &[u8; ZERO_BYTES] {
     fixed.first_chunk().expect("the longest fixed part has room for any")
+}
+
+fn part_number(fixed: &[u8; MAX_FIXED_BYTES]) -> u64 {
+    let number: &[u8; PART_HEAD_BYTES] = fixed.first_chunk().expect("the longest fixed part has room for any");
+    u64::from_le_bytes(*number)
 }
 
 /// A batch of digests that has none: nothing made room for its rest.
@@ -211,12 +220,13 @@ impl Open {
                 let (place, pieces) = Place::decode_packed(&self.fixed, self.head.payload_bytes)?;
                 self.rest = Rest::Packed(place, pieces, pool.take(rest_bytes));
             }
+            Rest::None if self.head.kind == Kind::Part => self.rest = Rest::Part(pool.take(rest_bytes)),
             Rest::None => {
                 let fixed = self.fixed.first_chunk().expect("the longest fixed part has room for any");
                 let place = Place::decode_data(fixed, self.head.payload_bytes)?;
                 self.rest = Rest::Data(place, pool.take(rest_bytes));
             }
-            Rest::Data(..) | Rest::Packed(..) | Rest::Digests(..) => {}
+            Rest::Data(..) | Rest::Packed(..) | Rest::Digests(..) | Rest::Part(_) => {}
         }
         Ok(())
     }
@@ -229,7 +239,7 @@ impl Open {
         }
         match &mut self.rest {
             Rest::Control(json) => &mut json[self.rest_have..],
-            Rest::Data(_, buffer) | Rest::Packed(_, _, buffer) | Rest::Digests(_, buffer) => {
+            Rest::Data(_, buffer) | Rest::Packed(_, _, buffer) | Rest::Digests(_, buffer) | Rest::Part(buffer) => {
                 &mut buffer.bytes_mut()[self.rest_have..]
             }
             Rest::None => &mut [],
@@ -258,6 +268,8 @@ impl Open {
                 Frame::Packed(place, packed.ok_or(FrameError::Pieces)?)
             }
             (_, Rest::Digests(batch, buffer)) => Frame::Digests(batch.with(buffer.as_ref())),
+            (_, Rest::Part(buffer)) => Frame::Part(part_number(&self.fixed), buffer.freeze()),
+            (Kind::Part, Rest::None) => Frame::Part(part_number(&self.fixed), Bytes::new()),
             (Kind::Digests, Rest::None) => Frame::Digests(empty_batch(&self.fixed, self.head.payload_bytes)?),
             (Kind::Same, Rest::None) => Frame::Same(Place::decode_zero(zero(&self.fixed))?),
             (Kind::Zero, Rest::None) => Frame::Zero(Place::decode_zero(zero(&self.fixed))?),

@@ -10,6 +10,9 @@
 //! [session that can be resumed](super::resume) only loses its connection when the client is not heard of any more. A client
 //! that reads slowly slows its session down, since events are taken only as fast as they are written. What arrives is
 //! bounded before memory is taken, and read only while there is room for it.
+//!
+//! A session may have [several connections](super::trunk): what is pumped goes to all of them, and a connection that joined
+//! does nothing else any more.
 
 use std::fmt;
 use std::time::Duration;
@@ -27,6 +30,8 @@ use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Se
 use super::packing::{Outgoing, Packing, Spent};
 use super::reader::{Frame, FrameReader};
 use super::resume::{Attachment, Lasting, Word};
+use super::spread::{Line, Lines};
+use super::trunk::{Trunk, Trunks};
 use super::writer::FrameWriter;
 use crate::block::BoxFuture;
 
@@ -67,20 +72,29 @@ where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
 {
-    serve_packing(stream, timing, Packing::default(), handler).await
+    serve_with(stream, timing, Common::default(), handler).await
 }
 
-/// [`serve_connection`], with the workers that compress for all connections.
+/// What a server's connections have in common.
+#[derive(Clone, Debug, Default)]
+pub struct Common {
+    /// The workers that compress.
+    pub packing: Packing,
+    /// The sessions with several connections, for the client of this one.
+    pub trunks: Trunks,
+}
+
+/// [`serve_connection`], as one of several connections.
 ///
 /// # Errors
 /// As [`serve_connection`].
-pub async fn serve_packing<H, F>(stream: Stream, timing: Timing, packing: Packing, handler: H) -> Result<(), Failure>
+pub async fn serve_with<H, F>(stream: Stream, timing: Timing, common: Common, handler: H) -> Result<(), Failure>
 where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
 {
     let peer = stream.peer().to_owned();
-    let outcome = converse(stream, timing, packing, handler).await;
+    let outcome = converse(stream, timing, common, handler).await;
     match &outcome {
         Ok(()) => tracing::debug!(peer, "the connection ended"),
         Err(failure) => tracing::warn!(peer, "the connection was closed: {failure}"),
@@ -88,7 +102,7 @@ where
     outcome
 }
 
-async fn converse<H, F>(mut stream: Stream, timing: Timing, packing: Packing, mut handler: H) -> Result<(), Failure>
+async fn converse<H, F>(mut stream: Stream, timing: Timing, common: Common, mut handler: H) -> Result<(), Failure>
 where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
@@ -99,7 +113,8 @@ where
         reader: FrameReader::new(reader, peer.clone(), MAX_REQUEST_BYTES, timing.silence),
         writer: FrameWriter::new(writer, peer.clone()),
         timing,
-        packing,
+        common,
+        trunk: None,
         peer,
     };
     let outcome = connection.requests(&mut handler).await;
@@ -113,7 +128,9 @@ struct Connection {
     reader: FrameReader,
     writer: FrameWriter,
     timing: Timing,
-    packing: Packing,
+    common: Common,
+    /// If the session has several connections.
+    trunk: Option<Trunk>,
     peer: String,
 }
 
@@ -138,6 +155,13 @@ impl Connection {
                     check_begin(begin).map_err(|b| self.breach(&b))?;
                     Some(begin.clone())
                 }
+                Request::Join { token } => match self.common.trunks.join(*token, &self.peer) {
+                    Ok(joined) => return self.joined(&joined.line).await,
+                    Err(failure) => {
+                        self.reply(&Reply::Failed(failure)).await?;
+                        continue;
+                    }
+                },
                 _ => None,
             };
             let mut answer = self.while_alive(handler(request)).await?;
@@ -161,9 +185,7 @@ impl Connection {
         match frame {
             Frame::Control(json) => frame::decode_control(&json).map_err(|e| self.breach(&e.to_string())),
             Frame::Digests(_) => Err(self.breach("digests without a scan")),
-            Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_) | Frame::Alive => {
-                Err(self.breach("data, which only a server sends"))
-            }
+            _ => Err(self.breach("data, which only a server sends")),
         }
     }
 
@@ -201,10 +223,51 @@ impl Connection {
         }
     }
 
+    /// Carries parts of a session that has another connection.
+    async fn joined(&mut self, line: &Line) -> Result<(), Failure> {
+        self.writer.push(Encoded::control(&Reply::Joined, MAX_REPLY_BYTES).map_err(unsendable)?);
+        let Self { reader, writer, timing, peer, .. } = self;
+        let carried = tokio::select! {
+            carried = line.carry(writer, timing.alive_every) => carried.map_err(Failure::from),
+            // A client has nothing to say here, not even that it is alive.
+            said = reader.next(timing.session) => Err(match said {
+                Ok(Some(_)) => Failure::new(
+                    FailureCode::Protocol,
+                    format!("{peer} broke the protocol: it sent something on a connection that had joined a session"),
+                ),
+                Ok(None) => Failure::new(FailureCode::Disconnected, format!("{peer} left before its backup was done")),
+                Err(error) => error.into(),
+            }),
+            _ = line.lines().lost() => return Ok(()),
+        };
+        match carried {
+            // Closed by the client once it has read all.
+            Ok(()) => drop(timeout(timing.silence, reader.discard()).await),
+            // It may have done so before we knew that this was all.
+            Err(failure)
+                if failure.code != FailureCode::Disconnected
+                    || timeout(LAST_WORDS, line.lines().closed()).await.is_err() =>
+            {
+                line.lines().fail(failure.clone());
+                return Err(failure);
+            }
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
     /// Carries a session to its end.
     async fn session(&mut self, begin: &Begin, session: Session) -> Result<(), Failure> {
         let acks = Acks::new(begin, &session.begun);
-        self.carry(begin, session, &acks, None).await.map_err(Ended::failure)
+        self.carry(begin, session, &acks, None).await.map_err(|ended| self.ended(ended))
+    }
+
+    /// Why it ended. Once a connection is lost, nothing is said over the others: it would be taken for the session's end.
+    fn ended(&self, ended: Ended) -> Failure {
+        if let (Ended::Lost(failure), Some(trunk)) = (&ended, &self.trunk) {
+            trunk.lines.fail(failure.clone());
+        }
+        ended.failure()
     }
 
     /// Carries a session that can be resumed, to its end or this connection's.
@@ -214,11 +277,11 @@ impl Connection {
         let resumable = Reply::Resumable { grace_ms, acks: Some(acks.heard()) };
         self.writer.push(Encoded::control(&resumable, MAX_REPLY_BYTES).map_err(unsendable)?);
         let carried = self.carry(&begin, session, &acks, Some((replaced, until))).await;
-        if !matches!(carried, Err(Ended::Lost(_))) {
+        if !matches!(carried, Err(Ended::Lost(_) | Ended::Replaced(_))) {
             // Who holds sessions may be gone with the service.
             let _ = over.send(());
         }
-        carried.map_err(Ended::failure)
+        carried.map_err(|ended| self.ended(ended))
     }
 
     /// Carries a session, which can be resumed if it may be `replaced`, until an instant.
@@ -237,10 +300,11 @@ impl Connection {
         };
         let (replaced, until) = lasting.unzip();
         let until = until.unwrap_or_else(|| Instant::now() + self.timing.session);
+        self.open_trunk(begin)?;
         let reply = Reply::Begun(Box::new(begun));
         self.writer.push(Encoded::control(&reply, MAX_REPLY_BYTES).map_err(unsendable)?);
-        let Self { reader, writer, timing, packing, peer } = self;
-        let mut outgoing = Outgoing::new(packing, begin.compression, begin.chunk_bytes);
+        let Self { reader, writer, timing, common, trunk, peer } = self;
+        let mut outgoing = Outgoing::new(&common.packing, begin.compression, begin.chunk_bytes);
         let to_sidecar = ToSidecar { acks: &to_sidecar, words, digests };
         tokio::select! {
             pumped = async {
@@ -258,14 +322,27 @@ impl Connection {
             }
             () = replacement(replaced) => {
                 let what = format!("{peer} came back over another connection, or gave its session up there");
-                return Err(Ended::Lost(Failure::new(FailureCode::Disconnected, what)));
+                return Err(Ended::Replaced(Failure::new(FailureCode::Disconnected, what)));
             }
+            failure = lost(trunk.as_ref(), acks, timing.silence) => return Err(Ended::Lost(failure)),
             ended = take(reader, to_sidecar, acks, timing.silence, peer) => return Err(ended),
         }
         // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
         // since closing a socket with unread bytes would throw away what the client has not read yet.
         drop(events);
         self.drain(self.timing.silence).await;
+        Ok(())
+    }
+
+    /// Sends in parts from now on, if the client would like to have several connections.
+    fn open_trunk(&mut self, begin: &Begin) -> Result<(), Failure> {
+        let lines = Lines::default();
+        let Some(offer) = self.common.trunks.offer(begin, &lines) else { return Ok(()) };
+        let joinable = Reply::Joinable { token: offer.token, more: offer.more };
+        self.writer.push(Encoded::control(&joinable, MAX_REPLY_BYTES).map_err(unsendable)?);
+        let spread = FrameWriter::new(Box::new(lines.spread()), self.peer.clone());
+        let first = std::mem::replace(&mut self.writer, spread);
+        self.trunk = Some(Trunk::open(lines, offer, first, self.timing.alive_every));
         Ok(())
     }
 
@@ -306,13 +383,15 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 enum Ended {
     /// The client was not heard of any more, or cannot be reached.
     Lost(Failure),
+    /// The client is on another connection.
+    Replaced(Failure),
     /// In any other way.
     Over(Failure),
 }
 
 impl Ended {
     fn failure(self) -> Failure {
-        let (Self::Lost(failure) | Self::Over(failure)) = self;
+        let (Self::Lost(failure) | Self::Replaced(failure) | Self::Over(failure)) = self;
         failure
     }
 }
@@ -341,6 +420,18 @@ async fn replacement(replaced: Option<oneshot::Receiver<()>>) {
     if !came_back {
         std::future::pending().await
     }
+}
+
+/// Resolves when one of several connections is lost.
+async fn lost(trunk: Option<&Trunk>, acks: &Acks, silence: Duration) -> Failure {
+    let failure = match trunk {
+        Some(trunk) => trunk.lines.lost().await,
+        None => std::future::pending().await,
+    };
+    // A client may close as soon as it has the end, before the pump knows that it was written; and what it said last may
+    // still be here to be read.
+    sleep(if acks.are_over() { silence } else { LAST_WORDS }).await;
+    failure
 }
 
 /// Writes events as they come, several at once when they are small, until the last one is written.
@@ -471,9 +562,7 @@ async fn take(
                 reader.resume();
                 taken.map(|()| true)
             }
-            Ok(Some(Frame::Data(..) | Frame::Packed(..) | Frame::Zero(_) | Frame::Same(_))) => {
-                Err("data, which only a server sends".to_owned())
-            }
+            Ok(Some(_)) => Err("data, which only a server sends".to_owned()),
             // A client may close as soon as it has the end, before the pump knows that it was written.
             Ok(None) if acks.are_over() => {
                 sleep(silence).await;

@@ -275,6 +275,7 @@ async fn try_read_events(
                 Event::Same { disk: place.disk, extent: place.extent }
             }
             Some(Frame::Digests(_)) => return Err(breach(peer, "digests, which only a client sends").into()),
+            Some(Frame::Part(..)) => return Err(breach(peer, "a part where none belongs").into()),
             Some(Frame::Control(json)) => match read_reply(&json, peer)? {
                 Reply::Sent => {
                     let again = promise.is_sent_again();

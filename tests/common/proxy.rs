@@ -75,6 +75,8 @@ struct State {
     /// Bytes of all connections.
     to_server: AtomicU64,
     to_client: AtomicU64,
+    /// Of each connection.
+    each_to_client: Mutex<Vec<Arc<AtomicU64>>>,
 }
 
 /// The proxy. Its thread ends with the process.
@@ -165,6 +167,11 @@ impl Proxy {
         self.state.connections.load(Ordering::SeqCst)
     }
 
+    /// Bytes that went to the client over each connection, in the order in which they came.
+    pub fn bytes_to_client_of_each(&self) -> Vec<u64> {
+        self.state.each_to_client.lock().unwrap().iter().map(|count| count.load(Ordering::SeqCst)).collect()
+    }
+
     /// Bytes that went either way.
     pub fn bytes(&self, way: Way) -> u64 {
         self.state.counter(way).load(Ordering::SeqCst)
@@ -188,14 +195,17 @@ fn serve(state: &Arc<State>, client: Socket, connect: impl Fn() -> Option<Socket
     state.connections.fetch_add(1, Ordering::SeqCst);
     let cut = state.cuts.lock().unwrap().pop_front();
     *state.open.lock().unwrap() = vec![client.again(), server.again()];
+    let own = Arc::new(AtomicU64::new(0));
+    state.each_to_client.lock().unwrap().push(own.clone());
     for (way, from, to) in [(Way::ToServer, &client, &server), (Way::ToClient, &server, &client)] {
         let (state, from, to) = (state.clone(), from.again(), to.again());
         let limit = cut.filter(|cut| cut.0 == way).map(|cut| cut.1);
-        thread::spawn(move || pump(&state, way, from, to, limit));
+        let own = own.clone();
+        thread::spawn(move || pump(&state, way, from, to, limit, &own));
     }
 }
 
-fn pump(state: &State, way: Way, mut from: Socket, mut to: Socket, mut limit: Option<u64>) {
+fn pump(state: &State, way: Way, mut from: Socket, mut to: Socket, mut limit: Option<u64>, own: &AtomicU64) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         if limit == Some(0) {
@@ -211,6 +221,9 @@ fn pump(state: &State, way: Way, mut from: Socket, mut to: Socket, mut limit: Op
         let most = limit.map_or(buffer.len(), |limit| buffer.len().min(limit as usize));
         let n = from.read(&mut buffer[..most]);
         state.counter(way).fetch_add(n as u64, Ordering::SeqCst);
+        if way == Way::ToClient {
+            own.fetch_add(n as u64, Ordering::SeqCst);
+        }
         if n > 0 && way == Way::ToServer && state.swallows.load(Ordering::SeqCst) {
             state.swallowed.fetch_add(n as u64, Ordering::SeqCst);
             continue;

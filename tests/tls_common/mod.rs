@@ -138,6 +138,17 @@ impl Server {
 
 /// A handshake by rustls alone, with the certificate of a bundle or none, and the server's word on it.
 pub async fn handshake(server: &Server, bundle: Option<&Path>) -> Result<(), String> {
+    let mut stream = socket(server, bundle).await?;
+    // The server's first word comes after the client's certificate was looked at.
+    stream.write_all(b"LIVEBACKUP\r\n\x00\x1a\n\xff\x01\x00\x01\x00").await.map_err(|e| format!("{e:?}"))?;
+    stream.read_exact(&mut [0; 16]).await.map(drop).map_err(|e| format!("{e:?}"))
+}
+
+/// A connection by rustls alone, with the certificate of a bundle or none.
+pub async fn socket(
+    server: &Server,
+    bundle: Option<&Path>,
+) -> Result<tokio_rustls::client::TlsStream<tokio::net::TcpStream>, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(server.pki.dir.path().join("ca.pem")).unwrap()).unwrap();
@@ -154,8 +165,5 @@ pub async fn handshake(server: &Server, bundle: Option<&Path>) -> Result<(), Str
     let socket = tokio::net::TcpStream::connect(&server.address).await.unwrap();
     let name = ServerName::try_from("127.0.0.1").unwrap();
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let mut stream = connector.connect(name, socket).await.map_err(|e| format!("{e:?}"))?;
-    // The server's first word comes after the client's certificate was looked at.
-    stream.write_all(b"LIVEBACKUP\r\n\x00\x1a\n\xff\x01\x00\x01\x00").await.map_err(|e| format!("{e:?}"))?;
-    stream.read_exact(&mut [0; 16]).await.map(drop).map_err(|e| format!("{e:?}"))
+    connector.connect(name, socket).await.map_err(|e| format!("{e:?}"))
 }
