@@ -1,7 +1,7 @@
 //! Trunk: several connections for what a server sends in one session.
 //!
-//! One TCP connection carries little over a long way on which packets get lost: what it may have under way is halved with each
-//! loss, and grows by one packet in a round trip. Several have several times as much.
+//! One TCP connection carries little over a long way on which packets get lost: what it may have under way is cut with each loss,
+//! and grows slowly after it. Several have several times as much.
 //!
 //! ```text
 //! client                                         sidecar
