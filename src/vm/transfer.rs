@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use super::Transport;
 use super::compare::{Compared, Expected, Out, Read, hash};
@@ -28,10 +28,8 @@ use crate::wire::message::{Event, Failure, FailureCode};
 const IN_FLIGHT_BYTES: u64 = 32 * MIB;
 /// Bytes in flight of one disk.
 const DISK_IN_FLIGHT_BYTES: u64 = 16 * MIB;
-/// Reads under way at once: of small pieces so many, since both sides then wake each other less often; of long ones fewer,
-/// because the guest's own requests wait behind them.
-const READS: usize = 48;
-const UNDER_WAY_BYTES: usize = 12 * MIB as usize;
+/// Reads under way at once.
+const READS: usize = 12;
 
 /// A source of either transport, to be closed in its own way.
 pub enum Source {
@@ -76,8 +74,6 @@ pub struct ReadyDisk {
     pub chunk_bytes: u64,
     /// Whether the source takes discards.
     discards: bool,
-    /// Bytes that may be asked for at once.
-    under_way: Semaphore,
     name: String,
     /// How fast it is read.
     pace: Arc<Pace>,
@@ -178,8 +174,7 @@ pub async fn ready(
     };
     let Needed { bitmap: needed, compared } = needed;
     let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);
-    let under_way = Semaphore::new(UNDER_WAY_BYTES);
-    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, under_way, name, pace })
+    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name, pace })
 }
 
 /// A run of the needed set.
@@ -263,7 +258,6 @@ async fn read(ready: &ReadyDisk, run: Run) -> Result<Read, Failure> {
         Run::Zero(extent) => return Ok(Read { extent, bytes: None, digests: vec![] }),
         Run::Data(extent) => extent,
     };
-    let _room = ready.under_way.acquire_many(extent.len_bytes as u32).await.map_err(internal)?;
     ready.pace.turn(extent.len_bytes).await;
     let bytes = ready.source.read(extent).await.map_err(|e| broken(&ready.name, &e))?;
     if is_zero(&bytes) {
