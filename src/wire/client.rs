@@ -80,6 +80,8 @@ pub struct Client {
     pub(super) acks_heard: Option<u64>,
     /// A request was given up half-way: its answer may still come, and would be taken for the next one's.
     spent: bool,
+    /// Further connections are not opened, although the server offers them.
+    pub(super) alone: bool,
 }
 
 impl fmt::Debug for Client {
@@ -135,6 +137,7 @@ impl Client {
             grace: None,
             acks_heard: None,
             spent: false,
+            alone: false,
         })
     }
 
@@ -179,6 +182,8 @@ impl Client {
             Request::Resume(_) => MAX_CONNECTIONS,
             _ => 0,
         };
+        // Who joins has nothing more to say, however long the answer takes.
+        let is_last_word = matches!(request, Request::Join { .. });
         let frame = Encoded::control(&request, MAX_REQUEST_BYTES)
             .map_err(|e| Failure::new(FailureCode::Internal, format!("the request cannot be sent: {e}")))?;
         self.spent = true;
@@ -197,14 +202,15 @@ impl Client {
                         }
                         Reply::Joinable { token, more } if more < joinable => {
                             joinable = 0;
-                            self.gather(token, more);
+                            // Whoever does not come is missed by nobody.
+                            self.gather(token, if self.alone { 0 } else { more });
                         }
                         reply => break reply,
                     },
                     Some(_) => return Err(breach(&self.peer, "data without a session")),
                     None => return Err(closed(&self.peer)),
                 },
-                _ = alive.tick() => {
+                _ = alive.tick(), if !is_last_word => {
                     self.writer.push(Encoded::alive());
                     self.flush().await?;
                 }
@@ -219,8 +225,12 @@ impl Client {
 
     /// Reads on from several connections together: this one, and so many that are opened meanwhile.
     fn gather(&mut self, token: Token, more: u32) {
+        let silence = self.timing.silence;
+        // Each connection is watched for itself. What is in order may come as slowly as one of them brings a part.
+        self.timing.silence = silence.saturating_mul(more.saturating_add(1));
+        let (peer, slowest) = (self.peer.clone(), self.timing.silence);
         let reader = |stream: Box<dyn AsyncRead + Send + Unpin>| {
-            FrameReader::new(stream, self.peer.clone(), MAX_REPLY_BYTES, self.timing.silence)
+            FrameReader::new(stream, peer.clone(), MAX_REPLY_BYTES, slowest)
         };
         let first = std::mem::replace(&mut self.reader, reader(Box::new(tokio::io::empty())));
         let door = self.door.clone().into_iter();
@@ -229,7 +239,7 @@ impl Client {
             let client: Client = Box::pin(door.enter()).await.map_err(Missed::Absent)?;
             client.join(token).await
         });
-        self.reader = reader(Box::new(Gather::new(first, &self.peer, self.timing.silence, more)));
+        self.reader = reader(Box::new(Gather::new(first, &self.peer, silence, more)));
     }
 
     /// Joins a session with this connection.

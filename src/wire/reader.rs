@@ -102,11 +102,14 @@ impl FrameReader {
         self.heard = Instant::now();
     }
 
-    /// Reads and forgets until the peer closes. What it still sends is not looked at; the caller bounds the time.
+    /// Reads and forgets until the peer closes, or is silent for too long. What it still sends is not looked at; the caller
+    /// bounds the time.
     pub async fn discard(&mut self) -> Result<(), LinkError> {
-        let mut sink = tokio::io::sink();
-        let copied = tokio::io::copy_buf(&mut self.inner, &mut sink).await;
-        copied.map(drop).map_err(|e| lost(&self.peer, Duration::ZERO)(Some(e)))
+        self.resume();
+        let mut sink = [0; 4096];
+        let heard = |limit| lost(&self.peer, limit);
+        while hear(&mut self.inner, &mut sink, &mut self.heard, self.silence).await.map_err(heard(self.silence))? > 0 {}
+        Ok(())
     }
 
     /// The next frame, which must begin within `patience`; `None` when the peer closed between frames. An error is the

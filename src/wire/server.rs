@@ -298,6 +298,7 @@ impl Connection {
             Some(Lasting::Sidecar(words)) => Some(words),
             _ => None,
         };
+        let is_resumable = lasting.is_some();
         let (replaced, until) = lasting.unzip();
         let until = until.unwrap_or_else(|| Instant::now() + self.timing.session);
         self.open_trunk(begin)?;
@@ -330,7 +331,9 @@ impl Connection {
         // The sidecar has nothing more to say and needs no more acknowledgements; those under way are read and dropped,
         // since closing a socket with unread bytes would throw away what the client has not read yet.
         drop(events);
-        self.drain(self.timing.silence).await;
+        // Over many connections much may be under way, and not everybody can come back for it.
+        let waits = self.trunk.is_some() && !is_resumable;
+        self.drain(if waits { until.saturating_duration_since(Instant::now()) } else { self.timing.silence }).await;
         Ok(())
     }
 

@@ -191,7 +191,12 @@ impl Task {
             sleep(pause).await;
             pause = (pause * 2).min(COME_BACK_AFTER.1);
             let resume = Resume { vm: back.vm.clone(), token: back.token, have: have.clone() };
-            let trying = async { back.door.enter().await?.resume(resume).await };
+            let trying = async {
+                let mut client = back.door.enter().await?;
+                // It may be the further connections that break, over and over.
+                client.alone = back.left <= MAX_RESUMES / 2;
+                client.resume(resume).await
+            };
             match trying.await {
                 Ok((client, begun)) if begun == back.begun => {
                     back.left -= 1;

@@ -113,6 +113,10 @@ impl Line {
                     if let Some(writer) = queue.writer.take() {
                         writer.wake();
                     }
+                    // One wake-up may have stood for two parts.
+                    if !queue.parts.is_empty() {
+                        self.lines.0.more.notify_one();
+                    }
                     return Some(part);
                 }
             }

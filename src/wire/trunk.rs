@@ -139,6 +139,14 @@ impl Trunk {
     }
 }
 
+impl Drop for Trunk {
+    fn drop(&mut self) {
+        // One that is not read, or was cut, would keep its place for hours. In good order the client has closed all by now.
+        let words = "the session's first connection has ended";
+        self.lines.fail(Failure::new(FailureCode::Disconnected, words));
+    }
+}
+
 /// A connection that has joined; it counts until this is dropped.
 #[derive(Debug)]
 pub(super) struct Joined {
