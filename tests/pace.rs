@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use livebackup::vm::{Vm, VmOptions};
-use livebackup::wire::message::{Begin, Event, FailureCode};
+use livebackup::wire::message::{Begin, Event, Failure, FailureCode, Session};
 
 const MIB: u64 = 1 << 20;
 /// Writes in a second of a slow disk.
@@ -129,14 +129,7 @@ async fn gives_way(version: Version) {
         throttle(&mut qemu, 0);
         qemu
     });
-    // A client that takes its time: the session is not over before.
-    let failure = loop {
-        match session.events.recv().await.expect("an event") {
-            Ok(Event::Sent | Event::End(_)) => break None,
-            Ok(_) => tokio::time::sleep(Duration::from_secs(3)).await,
-            Err(failure) => break Some(failure),
-        }
-    };
+    let failure = failure_of(&mut session).await;
     stop.store(true, Ordering::Relaxed);
     let mut qemu = writing.await.unwrap();
     let failure = failure.expect("the backup gives way before it is over");
@@ -157,6 +150,17 @@ async fn a_backup_gives_way_to_the_guest_qemu_10() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_gives_way_to_the_guest_qemu_7() {
     gives_way(Version::V7).await;
+}
+
+/// How a session fails under a client that takes its time, so that it is not over before; nothing where all was sent.
+async fn failure_of(session: &mut Session) -> Option<Failure> {
+    loop {
+        match session.events.recv().await.expect("an event") {
+            Ok(Event::Sent | Event::End(_)) => return None,
+            Ok(_) => tokio::time::sleep(Duration::from_secs(3)).await,
+            Err(failure) => return Some(failure),
+        }
+    }
 }
 
 /// The scratch's device gets slow, and each write of the guest to a place that was not copied yet waits for it.
@@ -187,14 +191,7 @@ async fn gives_way_for_its_scratch(version: Version) {
         qemu.qemu_io(PATH, "aio_flush");
         (qemu, written)
     });
-    // A client that takes its time: the session is not over before.
-    let failure = loop {
-        match session.events.recv().await.expect("an event") {
-            Ok(Event::Sent | Event::End(_)) => break None,
-            Ok(_) => tokio::time::sleep(Duration::from_secs(3)).await,
-            Err(failure) => break Some(failure),
-        }
-    };
+    let failure = failure_of(&mut session).await;
     stop.store(true, Ordering::Relaxed);
     let (mut qemu, written) = writing.await.unwrap();
     let failure = failure.expect("the backup gives way before it is over");

@@ -145,20 +145,11 @@ fn reply(frame: &Frame) -> Reply {
     decode_control(json).unwrap()
 }
 
-const GRANTS: &str = r#"
-    [[client]]
-    name = "backup1"
-    vms = ["*"]
-
-    [[client]]
-    name = "watcher"
-    vms = ["*"]
-"#;
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_good_for_its_own_client() {
     let (qemu, _) = tokio::task::block_in_place(machine);
-    let vm = format!("{GRANTS}\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
+    let clients = tls_common::TWO_CLIENTS;
+    let vm = format!("{clients}\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
     let server = tls_common::Server::start(&vm).await;
     let connect = async |name| tls_common::socket(&server, Some(&server.pki.bundle(name))).await.unwrap();
     let begin = Request::Begin(Begin { vm: "real".into(), ..begin(3) });

@@ -16,6 +16,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+/// Two clients that may do everything with every VM.
+pub const TWO_CLIENTS: &str = r#"
+    [[client]]
+    name = "backup1"
+    vms = ["*"]
+
+    [[client]]
+    name = "watcher"
+    vms = ["*"]
+"#;
+
 /// An authority.
 pub struct Pki {
     pub dir: tempfile::TempDir,
