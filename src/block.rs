@@ -13,6 +13,9 @@ use crate::extent::Extent;
 /// A boxed future, so that a source can be used behind `dyn`.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// A read that is under way. Dropping it gives it up.
+pub type Reading<'a> = BoxFuture<'a, Result<Bytes, SourceError>>;
+
 /// What a source must keep to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourceRules {
@@ -60,10 +63,19 @@ pub trait BlockSource: Send + Sync {
     /// Size of the disk, to the byte.
     fn size_bytes(&self) -> u64;
 
-    /// Reads `extent` (at most [`crate::limits::MAX_READ_BYTES`], within the disk) whole. The buffer may be shared
-    /// memory that is lent out: dropping it gives its bytes in flight back, holding it holds the source up.
-    /// Reads may be cancelled by dropping the future.
-    fn read(&self, extent: Extent) -> BoxFuture<'_, Result<Bytes, SourceError>>;
+    /// Begins to read `extent` (at most [`crate::limits::MAX_READ_BYTES`], within the disk) whole, once there is room for its
+    /// bytes. The buffer may be shared memory that is lent out: dropping it gives its bytes in flight back, holding it
+    /// holds the source up.
+    ///
+    /// Room is given in the order of the calls that wait for it, and a read that is under way ends without more of it. So who
+    /// passes reads on in order must start them in order, one after the other: a read that was started ahead of its turn
+    /// could have the room that an earlier one needs, and be held until that one is passed on.
+    fn start(&self, extent: Extent) -> BoxFuture<'_, Result<Reading<'_>, SourceError>>;
+
+    /// Starts a read, and waits for its bytes.
+    fn read(&self, extent: Extent) -> Reading<'_> {
+        Box::pin(async move { self.start(extent).await?.await })
+    }
 
     /// Tells QEMU that `extent` will not be read again, so that copy-before-write stops copying it. Must be
     /// granule-aligned, at most [`crate::limits::MAX_DISCARD_BYTES`], and must not touch a last partial granule.

@@ -1,7 +1,8 @@
 //! Named points at which a test kills the process, as `kill -9` would, or holds it up.
 //!
 //! `LIVEBACKUP_KILL_AT=name` or `name:N` kills at the first or N-th passing of the point.
-//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing; `name=/PATH` waits until that file is there. Nothing is checked but a static when neither is set.
+//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing; `name=/PATH` makes a file `PATH.here` and waits until `PATH`
+//! is there. Nothing is checked but a static when neither is set.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -53,6 +54,7 @@ pub fn point(name: &str) {
         Some((_, Pause::For(time))) => std::thread::sleep(*time),
         Some((_, Pause::Until(path))) => {
             let start = Instant::now();
+            let _ = std::fs::write(path.with_extension("here"), name);
             while !path.exists() && start.elapsed() < LONGEST_PAUSE {
                 std::thread::sleep(Duration::from_millis(5));
             }

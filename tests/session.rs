@@ -8,9 +8,11 @@ use common::*;
 mod session_fixture;
 use session_fixture::*;
 
+use std::os::unix::fs::FileExt;
+
 use livebackup::machine::{Taken, Verdict};
 use livebackup::vm::{AttachError, Transport, Vm};
-use livebackup::wire::message::{Begin, FailureCode};
+use livebackup::wire::message::{Begin, Event, FailureCode};
 use serde_json::json;
 
 async fn rounds(case: Case) {
@@ -308,5 +310,54 @@ async fn a_caller_that_goes_away_while_the_fleece_opens_leaves_nothing() {
         drop(gone);
         vm.idle().await;
         assert_clean(&mut qemu);
+    }
+}
+
+/// Many disks share the memory that reads have: there is room for few at a time, and whoever is ahead must not take it all.
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_with_little_room_each_are_read_to_their_end() {
+    const DISKS: usize = 16;
+    const SIZE: usize = 8 << 20;
+    let mut args = vec!["-name".to_owned(), "vm1".to_owned()];
+    for n in 0..DISKS {
+        let node = format!("driver=raw,node-name=disk{n},file.driver=file,file.filename=DIR/disk{n}.raw");
+        args.extend(["-blockdev".to_owned(), node, "-device".to_owned()]);
+        args.push(format!("virtio-blk-pci,drive=disk{n},id=vd{n}"));
+    }
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    // Half of each disk in long reads, half in short ones.
+    let byte =
+        |n: usize, at: usize| if at < SIZE / 2 || (at >> 16) % 2 == 0 { ((at >> 9) * 31 + n) as u8 | 1 } else { 0 };
+    let images: Vec<Vec<u8>> = (0..DISKS).map(|n| (0..SIZE).map(|at| byte(n, at)).collect()).collect();
+    for transport in [Transport::Vhost, Transport::Nbd] {
+        let qemu = Qemu::start_with(Version::V10, &args, |dir| {
+            for (n, image) in images.iter().enumerate() {
+                let file = std::fs::File::create(dir.join(format!("disk{n}.raw"))).unwrap();
+                file.set_len(SIZE as u64).unwrap();
+                for (at, granule) in image.chunks(1 << 16).enumerate().filter(|(_, granule)| granule[0] != 0) {
+                    file.write_all_at(granule, (at as u64) << 16).unwrap();
+                }
+            }
+        });
+        let vm = attach(&qemu, transport).await;
+        for _ in 0..3 {
+            let mut session = vm.begin(begin(None)).await.unwrap();
+            let mut found = vec![vec![0; SIZE]; DISKS];
+            loop {
+                let next = tokio::time::timeout(std::time::Duration::from_secs(120), session.events.recv());
+                match next.await.expect("it goes on").expect("an event").unwrap() {
+                    Event::Data { disk, offset_bytes, bytes } => {
+                        found[usize::from(disk)][offset_bytes as usize..][..bytes.len()].copy_from_slice(&bytes);
+                    }
+                    Event::End(_) => break,
+                    _ => {}
+                }
+            }
+            for (n, disk) in session.begun.disks.iter().enumerate() {
+                let image = disk.disk.name.strip_prefix("vd").and_then(|at| at.parse::<usize>().ok()).unwrap();
+                assert!(found[n] == images[image], "{}", disk.disk.name);
+            }
+            vm.idle().await;
+        }
     }
 }

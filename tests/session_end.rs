@@ -164,8 +164,11 @@ async fn a_stranger_on_an_export_holds_the_end_up_but_not_for_good() {
     for version in VERSIONS {
         let (device, path) = SCSI_IOTHREAD;
         let mut qemu = start(&Case { device, path, ..case(version) });
+        qemu.qemu_io(path, "write -P 5 0 32M");
         let vm = attach(&qemu, Transport::Auto).await;
-        let session = vm.begin(begin(None)).await.unwrap();
+        let mut session = vm.begin(begin(None)).await.unwrap();
+        // Ours reads by now, and has more to tell than we have taken.
+        session.events.recv().await.unwrap().unwrap();
         let export = std::fs::read_dir(sockets(&qemu)).unwrap().map(|e| e.unwrap().path());
         let export = export.into_iter().find(|p| p.extension().is_some_and(|e| e == "vhost")).unwrap();
         // QEMU serves one reader at a time: this one waits for ours to go, and then stays.

@@ -19,7 +19,7 @@ use super::error::{NbdError, NegotiateError};
 use super::negotiate::{Export, Wanted};
 use super::pool::Pool;
 use super::proto::{CAN_MULTI_CONN, READ_ONLY, SEND_TRIM};
-use crate::block::{BlockSource, BoxFuture, SourceError, SourceRules};
+use crate::block::{BlockSource, BoxFuture, Reading, SourceError, SourceRules};
 use crate::extent::Extent;
 use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
 use crate::units::GRANULE_BYTES;
@@ -133,20 +133,22 @@ impl NbdSource {
         in_turn.min_by_key(|c| c.waiting()).unwrap_or(&self.clients[0])
     }
 
-    async fn read_whole(&self, extent: Extent) -> Result<Bytes, SourceError> {
+    async fn start_whole(&self, extent: Extent) -> Result<Reading<'_>, SourceError> {
         if extent.len_bytes > MAX_READ_BYTES || !extent.fits(self.size_bytes()) {
             return Err(self.out_of_bounds(extent));
         }
         if extent.len_bytes == 0 {
-            return Ok(Bytes::new());
+            return Ok(Box::pin(async { Ok(Bytes::new()) }));
         }
         let share = extent.len_bytes.min(self.in_flight_bytes) as u32;
         let permit = self.budget.clone().acquire_many_owned(share).await.map_err(|e| gone(e.to_string()))?;
         let buffer = self.pool.take(extent.len_bytes as usize, Some(permit));
-        match self.idlest().read_into(extent, self.split_bytes, buffer).await {
-            Ok(buffer) => Ok(Bytes::from_owner(buffer)),
-            Err(e) => Err(self.source_error("read", extent, e)),
-        }
+        Ok(Box::pin(async move {
+            match self.idlest().read_into(extent, self.split_bytes, buffer).await {
+                Ok(buffer) => Ok(Bytes::from_owner(buffer)),
+                Err(e) => Err(self.source_error("read", extent, e)),
+            }
+        }))
     }
 
     async fn discard_whole(&self, extent: Extent) -> Result<(), SourceError> {
@@ -189,8 +191,8 @@ impl BlockSource for NbdSource {
         self.export().size_bytes
     }
 
-    fn read(&self, extent: Extent) -> BoxFuture<'_, Result<Bytes, SourceError>> {
-        Box::pin(self.read_whole(extent))
+    fn start(&self, extent: Extent) -> BoxFuture<'_, Result<Reading<'_>, SourceError>> {
+        Box::pin(self.start_whole(extent))
     }
 
     fn discard(&self, extent: Extent) -> BoxFuture<'_, Result<(), SourceError>> {

@@ -1,6 +1,6 @@
 //! Transfer: the needed set of an open fleece, read and handed to the client as events.
 //!
-//! Disk by disk, in ascending order, in pieces of up to 1 MiB with a few reads under way. What the client acknowledges is
+//! Disk by disk, in ascending order, in pieces of up to 1 MiB with several reads under way. What the client acknowledges is
 //! discarded from the fleece, so that the guest's writes there cost nothing any more and the scratch shrinks. Bytes in
 //! flight are bounded by the source; a client that stops reading stops the reader, and the scratch's limits end it.
 
@@ -15,7 +15,7 @@ use super::compare::{Compared, Expected, Out, Read, hash};
 use super::fleece::Fleece;
 use super::internal;
 use super::pace::Pace;
-use crate::block::{BlockSource, BoxFuture, SourceError, SourceRules};
+use crate::block::{BlockSource, Reading, SourceError, SourceRules};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
@@ -28,8 +28,9 @@ use crate::wire::message::{Event, Failure, FailureCode};
 const IN_FLIGHT_BYTES: u64 = 32 * MIB;
 /// Bytes in flight of one disk.
 const DISK_IN_FLIGHT_BYTES: u64 = 16 * MIB;
-/// Reads under way at once.
-const READS: usize = 12;
+/// Reads under way at once: so many for the sake of short ones, with which both sides then wake each other less often. Long
+/// ones are bounded by the bytes in flight.
+const READS: usize = 48;
 
 /// A source of either transport, to be closed in its own way.
 pub enum Source {
@@ -45,10 +46,6 @@ impl Source {
             Source::Vhost(source) => source,
             Source::Nbd(source) => source,
         }
-    }
-
-    fn read(&self, extent: Extent) -> BoxFuture<'_, Result<Bytes, SourceError>> {
-        self.block().read(extent)
     }
 }
 
@@ -82,7 +79,7 @@ pub struct ReadyDisk {
 impl ReadyDisk {
     /// Some bytes of the disk at the instant, at most [`MAX_READ_BYTES`], which the fleece must have.
     pub async fn bytes(&self, extent: Extent) -> Result<Bytes, Failure> {
-        self.source.read(extent).await.map_err(|e| broken(&self.name, &e))
+        self.source.block().read(extent).await.map_err(|e| broken(&self.name, &e))
     }
 
     /// Leaves out some whole chunks: they are sent as zeroes, and what of them the client has as zeroes (`lacks`) not at all.
@@ -240,8 +237,9 @@ pub async fn send(
     events: &mpsc::Sender<Result<Event, Failure>>,
     sent: impl FnMut(Sent),
 ) -> Result<(), Failure> {
-    let reads = futures_util::stream::iter(runs(needed, &ready.data).flat_map(pieces)).map(|run| read(ready, run));
-    let mut reads = std::pin::pin!(reads.buffered(READS));
+    let runs = futures_util::stream::iter(runs(needed, &ready.data).flat_map(pieces));
+    let started = runs.then(|run| start(ready, run)).boxed();
+    let mut reads = started.map(|started| read(ready, started)).buffered(READS).boxed();
     let mut out = Out::new(disk, &ready.name, ready.chunk_bytes, events, sent);
     while let Some(read) = reads.next().await {
         match &ready.compared {
@@ -253,13 +251,24 @@ pub async fn send(
     out.finish().await
 }
 
-async fn read(ready: &ReadyDisk, run: Run) -> Result<Read, Failure> {
+/// What is under way of a run, if it is data.
+type Started<'a> = Result<(Extent, Option<Reading<'a>>), Failure>;
+
+/// In its turn: see [`BlockSource::start`].
+async fn start(ready: &ReadyDisk, run: Run) -> Started<'_> {
     let extent = match run {
-        Run::Zero(extent) => return Ok(Read { extent, bytes: None, digests: vec![] }),
+        Run::Zero(extent) => return Ok((extent, None)),
         Run::Data(extent) => extent,
     };
     ready.pace.turn(extent.len_bytes).await;
-    let bytes = ready.source.read(extent).await.map_err(|e| broken(&ready.name, &e))?;
+    let reading = ready.source.block().start(extent).await.map_err(|e| broken(&ready.name, &e))?;
+    Ok((extent, Some(reading)))
+}
+
+async fn read(ready: &ReadyDisk, started: Started<'_>) -> Result<Read, Failure> {
+    let (extent, reading) = started?;
+    let Some(reading) = reading else { return Ok(Read { extent, bytes: None, digests: vec![] }) };
+    let bytes = reading.await.map_err(|e| broken(&ready.name, &e))?;
     if is_zero(&bytes) {
         return Ok(Read { extent, bytes: None, digests: vec![] });
     }

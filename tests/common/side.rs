@@ -219,7 +219,8 @@ impl Side {
     /// The same at another point of it, which it has reached when QEMU looks so.
     pub fn hold_a_backup_at(&mut self, point: &str, mut is_there: impl FnMut(&mut Qemu) -> bool) -> Held {
         let go = self.home.path().join("go");
-        let _ = std::fs::remove_file(&go);
+        let here = go.with_extension("here");
+        let _ = (std::fs::remove_file(&go), std::fs::remove_file(&here));
         let mut command = livebackup();
         command.arg("--json").arg("--state").arg(self.state());
         command.args(["backup", &self.source()]).arg(self.repo()).args(["--level", "full"]);
@@ -227,7 +228,7 @@ impl Side {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();
         let qemu = self.qemu();
-        wait_until(&format!("the backup to be at {point}"), || is_there(qemu));
+        wait_until(&format!("the backup to be at {point}"), || here.exists() && is_there(qemu));
         Held { child, go }
     }
 
