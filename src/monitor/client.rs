@@ -86,6 +86,8 @@ impl Monitor {
             process: None,
         };
         shared.call(limit, "qmp_capabilities", json!({}), None).await?;
+        // QEMU answers in order: what the client before us had asked is answered by now, and ids may be short.
+        shared.next_id = AtomicU64::new(0);
         let cpus = match shared.call(limit, "query-cpus-fast", json!({}), None).await {
             // As long as QEMU waits for its configuration (`-preconfig`).
             Err(e) if e.refusal().is_some() => Value::Null,
@@ -225,7 +227,7 @@ impl Shared {
     }
 }
 
-/// Random, and short: QEMU reads a command byte by byte.
+/// Random, so that a reply to the client before us is not taken for ours.
 fn first_id() -> u64 {
     let mut bytes = [0; 2];
     // Without a random source the ids are merely less unlike those of the client before us.

@@ -71,12 +71,27 @@ impl Gauge {
         Self { monitor: monitor.clone(), debts, boundaries, can, last: StdMutex::new(last) }
     }
 
-    /// Switches histograms on where there are none on these devices.
-    pub async fn switch_on(&self, paths: &[&str]) {
-        let devices = self.devices().await;
-        let missing =
-            devices.into_iter().filter(|(path, d)| paths.contains(&path.as_str()) && d.write.is_none() && !d.others);
-        for (path, device) in missing {
+    /// Switches histograms on where there are none on these devices. Gives the last reading that was
+    /// [kept](Gauge::keep), and what they hold now. Of one of ours there always is a last one: switching on set it to zero.
+    pub async fn switch_on(&self, paths: &[&str]) -> (Readings, Readings) {
+        let mut devices = self.devices().await;
+        let is_missing =
+            |(path, d): &(&String, &Device)| paths.contains(&path.as_str()) && d.write.is_none() && !d.others;
+        if devices.iter().any(|both| is_missing(&both)) {
+            self.set(devices.iter().filter(is_missing)).await;
+            devices = self.devices().await;
+        }
+        let mut last = self.with_last(|last| last.clone());
+        for (path, device) in devices.iter().filter(|(_, d)| d.ours) {
+            if let Some(write) = &device.write {
+                last.entry(path.clone()).or_insert_with(|| write.emptied());
+            }
+        }
+        (last, readings(devices))
+    }
+
+    async fn set(&self, devices: impl Iterator<Item = (&String, &Device)>) {
+        for (path, device) in devices {
             if !self.debts.owed(Debt::Histogram) && self.debts.owe_with(Debt::Histogram, "{}").is_err() {
                 return;
             }
@@ -86,7 +101,7 @@ impl Gauge {
             }
             crate::fault::point("gauge.on");
             // What was read of one that went is nothing to count from.
-            self.with_last(|last| last.remove(&path));
+            self.with_last(|last| last.remove(path));
         }
     }
 
@@ -112,19 +127,7 @@ impl Gauge {
 
     /// What the histograms of writes show now.
     pub async fn read(&self) -> Readings {
-        let devices = self.devices().await;
-        devices.into_iter().filter_map(|(path, device)| Some((path, device.write?))).collect()
-    }
-
-    /// The last reading that was [kept](Gauge::keep). Of one of ours there always is one: switching on set it to zero.
-    pub async fn last(&self) -> Readings {
-        let mut last = self.with_last(|last| last.clone());
-        for (path, device) in self.devices().await.into_iter().filter(|(_, d)| d.ours) {
-            if let Some(write) = device.write {
-                last.entry(path).or_insert_with(|| write.emptied());
-            }
-        }
-        last
+        readings(self.devices().await)
     }
 
     /// Keeps a reading for the next backup to count from.
@@ -169,6 +172,10 @@ impl Drop for Gauge {
 fn boundaries(mark: u32) -> Vec<u64> {
     let measuring = (0..BOUNDARIES).map(|i| (FIRST_NS * 2f64.powf(f64::from(i) / 2.0)).round() as u64);
     measuring.chain([MARK_NS | u64::from(mark)]).collect()
+}
+
+fn readings(devices: BTreeMap<String, Device>) -> Readings {
+    devices.into_iter().filter_map(|(path, device)| Some((path, device.write?))).collect()
 }
 
 /// Devices in an answer of `query-blockstats`.

@@ -288,9 +288,8 @@ impl Vm {
         let gauge = &self.inner.gauge;
         let disks = || plans.iter().map(|p| (p.disk.name.as_str(), p.disk.qom_path.as_str()));
         let written: Vec<_> = plans.iter().filter(|p| !p.disk.read_only).map(|p| p.disk.qom_path.as_str()).collect();
-        gauge.switch_on(&written).await;
-        let last = gauge.last().await;
-        Meter::new(disks(), &last, &gauge.read().await)
+        let (last, now) = gauge.switch_on(&written).await;
+        Meter::new(disks(), &last, &now)
     }
 
     /// What the operator's hooks are told.
