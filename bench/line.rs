@@ -20,6 +20,8 @@ mod common;
 mod link;
 #[path = "../tests/nbd_help/mod.rs"]
 mod nbd_help;
+#[path = "../tests/wire_begun/mod.rs"]
+mod wire_begun;
 
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -35,7 +37,6 @@ use futures_util::{StreamExt, stream};
 use link::{LINE_BYTES_PER_S, Link};
 use livebackup::block::BlockSource;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::pki::{Authority, Purpose};
 use livebackup::vm::{Vm, VmOptions};
 use livebackup::wire::message::*;
@@ -48,6 +49,7 @@ use nix::libc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use wire_begun::begun;
 
 const MIB: u64 = 1 << 20;
 const DATA_BYTES: u64 = 1 << 30;
@@ -384,40 +386,7 @@ fn sidecar() -> Session {
             while acked.try_recv().is_ok() {}
         }
     });
-    Session { begun: begun(), events, acks, digests: None, lasting: None }
-}
-
-fn begun() -> Begun {
-    let disk = Disk {
-        name: "disk0".into(),
-        kind: DiskKind::Disk,
-        device: "virtio-blk-device".into(),
-        qom_path: "/machine/peripheral/disk0".into(),
-        node: "disk0".into(),
-        size_bytes: LINE_DISK_BYTES,
-        read_only: false,
-        iothread: false,
-        discard_unmap: false,
-        chain: vec![],
-        shared: None,
-    };
-    let disk = BegunDisk {
-        disk,
-        checkpoint: None,
-        epoch: None,
-        taken: Taken::Full { reason: "first".into() },
-        needed_bytes: LINE_DISK_BYTES,
-        audited_chunks: 0,
-        areas: None,
-    };
-    Begun {
-        machine: Machine::default(),
-        instant: jiff::Timestamp::now(),
-        disks: vec![disk],
-        left_out: vec![],
-        stopped_us: 0,
-        evidence: Default::default(),
-    }
+    Session { begun: begun(&[LINE_DISK_BYTES]), events, acks, digests: None, lasting: None }
 }
 
 async fn many() {

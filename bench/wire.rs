@@ -2,18 +2,21 @@
 //!
 //! `cargo bench --bench wire`: MiB/s, and processor seconds per GiB of each end; medians of several rounds.
 
+#[path = "../tests/wire_begun/mod.rs"]
+mod wire_begun;
+
 use std::sync::mpsc as sync;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{GIB, MIB};
-use livebackup::wire::message::{Ack, Begin, Begun, BegunDisk, Event, Session, Totals};
+use livebackup::wire::message::{Ack, Begin, Event, Session, Totals};
 use livebackup::wire::{Address, Answer, Client, Stream, Timing, serve_connection};
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use wire_begun::begun;
 
 const TOTAL_BYTES: u64 = 4 * GIB;
 const ROUNDS: usize = 5;
@@ -133,39 +136,5 @@ fn sidecar(len: usize) -> Session {
         }
         let _ = tokio::time::timeout(Duration::from_secs(60), async { while acked.recv().await.is_some() {} }).await;
     });
-    Session { begun: begun(), events, acks, digests: None, lasting: None }
-}
-
-fn begun() -> Begun {
-    let disk = Disk {
-        name: "disk0".into(),
-        kind: DiskKind::Disk,
-        device: "virtio-blk-device".into(),
-        qom_path: "/machine/peripheral/disk0".into(),
-        node: "disk0".into(),
-        size_bytes: TOTAL_BYTES,
-        read_only: false,
-        iothread: false,
-        discard_unmap: false,
-        chain: vec![],
-        shared: None,
-    };
-    let taken = Taken::Full { reason: "first".into() };
-    let disks = vec![BegunDisk {
-        disk,
-        checkpoint: None,
-        epoch: None,
-        taken,
-        needed_bytes: TOTAL_BYTES,
-        audited_chunks: 0,
-        areas: None,
-    }];
-    Begun {
-        machine: Machine::default(),
-        instant: jiff::Timestamp::now(),
-        disks,
-        left_out: vec![],
-        stopped_us: 0,
-        evidence: Default::default(),
-    }
+    Session { begun: begun(&[TOTAL_BYTES]), events, acks, digests: None, lasting: None }
 }

@@ -326,8 +326,9 @@ async fn disks_with_little_room_each_are_read_to_their_end() {
     }
     let args: Vec<_> = args.iter().map(String::as_str).collect();
     // Half of each disk in long reads, half in short ones.
-    let byte =
-        |n: usize, at: usize| if at < SIZE / 2 || (at >> 16) % 2 == 0 { ((at >> 9) * 31 + n) as u8 | 1 } else { 0 };
+    let byte = |n: usize, at: usize| {
+        if at < SIZE / 2 || (at >> 16).is_multiple_of(2) { ((at >> 9) * 31 + n) as u8 | 1 } else { 0 }
+    };
     let images: Vec<Vec<u8>> = (0..DISKS).map(|n| (0..SIZE).map(|at| byte(n, at)).collect()).collect();
     for transport in [Transport::Vhost, Transport::Nbd] {
         let qemu = Qemu::start_with(Version::V10, &args, |dir| {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod repo_common;
+mod wire_begun;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use livebackup::backup::{self, BackupError, BackupOptions, Report, Sidecar};
 use livebackup::codec::{Codec, Packed, Packer, Piece};
-use livebackup::machine::{Disk, DiskKind, FoundDisk, Machine, Taken, Verdict};
+use livebackup::machine::{FoundDisk, Machine, Verdict};
 use livebackup::repo::packfile::read_directory;
 use livebackup::repo::{Compression, Digest, ReadOptions, Repository};
 use livebackup::units::{KIB, MIB};
@@ -22,6 +23,7 @@ use livebackup::wire::{Answer, Client, Common, Stream, Timing, serve_with};
 use repo_common::pattern;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
+use wire_begun::begun;
 
 const CHUNK: usize = 64 * KIB as usize;
 /// The last chunk is short.
@@ -46,22 +48,6 @@ fn disk() -> Vec<u8> {
     bytes
 }
 
-fn found() -> Disk {
-    Disk {
-        name: "disk0".into(),
-        kind: DiskKind::Disk,
-        device: "virtio-blk-device".into(),
-        qom_path: "/machine/peripheral/disk0".into(),
-        node: "disk0".into(),
-        size_bytes: SIZE as u64,
-        read_only: false,
-        iothread: false,
-        discard_unmap: false,
-        chain: vec![],
-        shared: None,
-    }
-}
-
 /// The events of a whole disk, as a sidecar sends them.
 fn honest(disk: &[u8]) -> Vec<Event> {
     let event = |(n, bytes): (usize, &[u8])| Event::Data {
@@ -73,23 +59,7 @@ fn honest(disk: &[u8]) -> Vec<Event> {
 }
 
 fn session(events: Vec<Event>) -> Session {
-    let begun = BegunDisk {
-        disk: found(),
-        checkpoint: None,
-        epoch: None,
-        taken: Taken::Full { reason: "first".into() },
-        needed_bytes: SIZE as u64,
-        audited_chunks: 0,
-        areas: None,
-    };
-    let begun = Begun {
-        machine: Machine::default(),
-        instant: jiff::Timestamp::now(),
-        disks: vec![begun],
-        left_out: vec![],
-        stopped_us: 0,
-        evidence: Default::default(),
-    };
+    let begun = begun(&[SIZE as u64]);
     let (to_client, queue) = mpsc::channel(2);
     let (acks, mut acked) = mpsc::unbounded_channel();
     tokio::spawn(async move {
@@ -117,7 +87,10 @@ async fn served(events: Vec<Event>, packing: Packing) -> Client {
                     match request {
                         Request::Disks { .. } => Ok(Answer::Reply(Reply::Disks {
                             machine: Machine::default(),
-                            disks: vec![FoundDisk { disk: found(), verdict: Verdict::Protectable }],
+                            disks: vec![FoundDisk {
+                                disk: begun(&[SIZE as u64]).disks.remove(0).disk,
+                                verdict: Verdict::Protectable,
+                            }],
                         })),
                         Request::Begin(_) => Ok(Answer::Session(session(events))),
                         other => panic!("{other:?}"),

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod wire_begun;
+
 use std::time::Duration;
 
-use jiff::Timestamp;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine, Taken};
+use livebackup::machine::Taken;
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::contract::{Given, MAX_AUDIT_CHUNKS, Promise, check_begin};
 use livebackup::wire::digests::{ChunkDigest, Digests, MAX_DIGESTS};
@@ -28,31 +29,11 @@ fn begin() -> Begin {
 }
 
 fn begun() -> Begun {
-    let disk = |(n, size_bytes): (usize, &u64)| BegunDisk {
-        disk: Disk {
-            name: format!("disk{n}"),
-            kind: DiskKind::Disk,
-            device: "virtio-blk-device".into(),
-            qom_path: "/machine/peripheral/x".into(),
-            node: "node".into(),
-            size_bytes: *size_bytes,
-            read_only: false,
-            iothread: false,
-            discard_unmap: false,
-            chain: vec![],
-            shared: None,
-        },
-        checkpoint: None,
-        epoch: None,
-        taken: if n == 1 { Taken::Full { reason: "first".into() } } else { Taken::Scan { reason: "broken".into() } },
-        needed_bytes: *size_bytes,
-        audited_chunks: 0,
-        areas: None,
-    };
-    let disks = SIZES.iter().enumerate().map(disk).collect();
-    let instant = Timestamp::from_second(1).unwrap();
-    let evidence = Default::default();
-    Begun { machine: Machine::default(), instant, disks, left_out: vec![], stopped_us: 0, evidence }
+    let mut begun = wire_begun::begun(&SIZES);
+    for disk in [0, 2] {
+        begun.disks[disk].taken = Taken::Scan { reason: "broken".into() };
+    }
+    begun
 }
 
 fn batch(disk: u16, first_chunk: u64, count: usize) -> Digests {

@@ -2,15 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod wire_begun;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::units::{KIB, MIB};
 use livebackup::wire::frame::{Encoded, MAX_ACK_EXTENTS, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use livebackup::wire::message::*;
@@ -22,6 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use wire_begun::begun;
 
 const CHUNK: u64 = 64 * KIB;
 /// Two disks: one of whole chunks, one with a partial last one.
@@ -37,32 +38,6 @@ fn quick() -> Timing {
 
 fn begin() -> Begin {
     Begin { vm: "vm".into(), chunk_bytes: CHUNK as u32, checkpoint: true, ..Begin::default() }
-}
-
-fn begun(sizes: &[u64]) -> Begun {
-    let disk = |(n, size_bytes): (usize, &u64)| BegunDisk {
-        disk: Disk {
-            name: format!("disk{n}"),
-            kind: DiskKind::Disk,
-            device: "virtio-blk-device".into(),
-            qom_path: "/machine/peripheral/x".into(),
-            node: "node".into(),
-            size_bytes: *size_bytes,
-            read_only: false,
-            iothread: false,
-            discard_unmap: false,
-            chain: vec![],
-            shared: None,
-        },
-        checkpoint: None,
-        epoch: None,
-        taken: Taken::Full { reason: "first".into() },
-        needed_bytes: *size_bytes,
-        audited_chunks: 0,
-        areas: None,
-    };
-    let (disks, instant) = (sizes.iter().enumerate().map(disk).collect(), Timestamp::from_second(1).unwrap());
-    Begun { machine: Machine::default(), instant, disks, left_out: vec![], stopped_us: 0, evidence: Default::default() }
 }
 
 /// The sidecar's half of a session.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod wire_begun;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +14,6 @@ use std::time::Duration;
 use common::proxy::Proxy;
 use livebackup::codec::Unpacker;
 use livebackup::extent::Extent;
-use livebackup::machine::{Disk, DiskKind, Machine, Taken};
 use livebackup::pki::{Authority, Purpose};
 use livebackup::wire::frame::{Encoded, MAX_REPLY_BYTES, decode_control};
 use livebackup::wire::message::*;
@@ -29,6 +29,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use wire_begun::begun;
 
 const LONG: Duration = Duration::from_secs(60);
 const CHUNK: u64 = 64 << 10;
@@ -48,39 +49,6 @@ fn event(n: u64, offset_bytes: u64) -> Event {
         if i & 32 == 0 { n as u8 } else { (state >> (8 * (i % 8))) as u8 }
     };
     Event::Data { disk: 0, offset_bytes, bytes: (0..len).map(byte).collect() }
-}
-
-fn begun() -> Begun {
-    let disk = Disk {
-        name: "disk0".into(),
-        kind: DiskKind::Disk,
-        device: "virtio-blk-device".into(),
-        qom_path: "/machine/peripheral/disk0".into(),
-        node: "disk0".into(),
-        size_bytes: SIZE,
-        read_only: false,
-        iothread: false,
-        discard_unmap: false,
-        chain: vec![],
-        shared: None,
-    };
-    let disk = BegunDisk {
-        disk,
-        checkpoint: None,
-        epoch: None,
-        taken: Taken::Full { reason: "first".into() },
-        needed_bytes: SIZE,
-        audited_chunks: 0,
-        areas: None,
-    };
-    Begun {
-        machine: Machine::default(),
-        instant: jiff::Timestamp::from_second(1).unwrap(),
-        disks: vec![disk],
-        left_out: vec![],
-        stopped_us: 0,
-        evidence: Default::default(),
-    }
 }
 
 /// A session that goes on until it is enough.
@@ -104,7 +72,7 @@ fn session(enough: Arc<AtomicBool>) -> Session {
         }
         while acked.recv().await.is_some() {}
     });
-    Session { begun: begun(), events, acks, digests: None, lasting: None }
+    Session { begun: begun(&[SIZE]), events, acks, digests: None, lasting: None }
 }
 
 /// A server of one such session, and how its connections ended.
@@ -450,7 +418,7 @@ async fn rogue(said: &[Encoded], closes: bool) -> Failure {
 async fn a_server_cannot_offer_or_send_what_it_likes() {
     let reply = |reply: &Reply| Encoded::control(reply, MAX_REPLY_BYTES).unwrap();
     let joinable = |more| reply(&Reply::Joinable { token: Token::random(), more });
-    let begun = reply(&Reply::Begun(Box::new(begun())));
+    let begun = reply(&Reply::Begun(Box::new(begun(&[SIZE]))));
     let begun = [begun.head(), begun.body()].concat();
     let part = |number, bytes: &[u8]| Encoded::part(number, bytes.to_vec().into()).unwrap();
     let inner = |frame: &Encoded| [frame.head(), frame.body()].concat();
