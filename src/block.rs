@@ -69,7 +69,10 @@ pub trait BlockSource: Send + Sync {
     ///
     /// Room is given in the order of the calls that wait for it, and a read that is under way ends without more of it. So who
     /// passes reads on in order must start them in order, one after the other: a read that was started ahead of its turn
-    /// could have the room that an earlier one needs, and be held until that one is passed on.
+    /// could have the room that an earlier one needs, and be held until that one is passed on. For the same reason nobody
+    /// waits for another read of the source while he holds bytes back.
+    ///
+    /// The order is that of the futures' first polls. What is under way goes on only while it is polled.
     fn start(&self, extent: Extent) -> BoxFuture<'_, Result<Reading<'_>, SourceError>>;
 
     /// Starts a read, and waits for its bytes.

@@ -7,8 +7,8 @@
 //!
 //! * **zstd**, one frame a chunk with its length in its header. The compressor gets no more room than 31/32 of the chunk, so it
 //!   gives up by itself on what does not compress. That takes 30 to 40 us a chunk of 128 KiB; a sample of it tells for 3 us
-//!   that all of it looks random, and then zstd is not asked at all (up to level 3: who wants more pays for more). What a
-//!   sample cannot see is a repetition of random bytes over more than some 8 KiB.
+//!   that all of it looks random, and then zstd is not asked at all (up to level 3: who wants more pays for more; nor lz4).
+//!   What a sample may not see is random bytes that come again after more than 4 KiB, at another place of their block.
 //! * **lz4**, one block a chunk, is for the wire alone: half the work of zstd, for a hypervisor without processors to spare. A
 //!   repository does not hold it. That would be a new version of its packs and of its indices, which older programs cannot
 //!   read; zstd reads fast enough.
@@ -108,13 +108,13 @@ impl Packed {
     }
 }
 
-/// The highest level at which a chunk is left as it is because a sample looks random.
+/// The highest level of zstd at which a chunk is left as it is because a sample looks random.
 const SAMPLED_LEVEL: i32 = 3;
 /// The sample: so many pieces of so many bytes, evenly spread.
 const SAMPLES: usize = 16;
 const SAMPLE_BYTES: usize = 256;
-/// Random bytes have 255 here, with a standard deviation of 23.
-const MOST_CHI_SQUARE: u64 = 360;
+/// Random bytes have 255 here, with a standard deviation of 23. Less than that has a pattern, too.
+const RANDOM_CHI_SQUARE: std::ops::RangeInclusive<u64> = 150..=360;
 
 /// Whether the bytes of a sample are as frequent as each other, by the chi-square test. No for what is short.
 fn looks_random(raw: &[u8]) -> bool {
@@ -124,8 +124,11 @@ fn looks_random(raw: &[u8]) -> bool {
     }
     // Several tables: an addition need not wait for the one before it.
     let mut counts = [[0u16; 256]; 4];
-    for sample in raw.chunks_exact(step).take(SAMPLES) {
-        for four in sample[..SAMPLE_BYTES].chunks_exact(4) {
+    for (i, piece) in raw.chunks_exact(step).take(SAMPLES).enumerate() {
+        // Every second one anywhere within its block: files begin at blocks, and what is compressed ends in zeroes there. The
+        // others at its beginning: that shows blocks that come again.
+        let shift = if i % 2 == 1 { i * (step / SAMPLES + SAMPLE_BYTES) % (step - SAMPLE_BYTES) } else { 0 };
+        for four in piece[shift..][..SAMPLE_BYTES].chunks_exact(4) {
             counts.iter_mut().zip(four).for_each(|(table, byte)| table[usize::from(*byte)] += 1);
         }
     }
@@ -133,7 +136,7 @@ fn looks_random(raw: &[u8]) -> bool {
     let squares: u64 = (0..256).map(|i| u64::from(a[i] + b[i] + c[i] + d[i]).pow(2)).sum();
     // Sum of (count - mean)^2 / mean, with a mean of 16.
     let (bytes, mean) = ((SAMPLES * SAMPLE_BYTES) as u64, (SAMPLES * SAMPLE_BYTES / 256) as u64);
-    squares / mean - bytes <= MOST_CHI_SQUARE
+    RANDOM_CHI_SQUARE.contains(&(squares / mean - bytes))
 }
 
 /// The room that a compressed chunk may take at most: 31/32 of its length, and less than it.
@@ -176,7 +179,7 @@ impl Packer {
         let into = into.get_mut(..packed_room(raw.len()))?;
         match codec {
             Codec::Raw => None,
-            _ if self.level <= SAMPLED_LEVEL && looks_random(raw) => None,
+            _ if (codec == Codec::Lz4 || self.level <= SAMPLED_LEVEL) && looks_random(raw) => None,
             Codec::Zstd => self.zstd.compress_to_buffer(raw, into).ok(),
             Codec::Lz4 => {
                 self.room.resize(lz4_flex::block::get_maximum_output_size(raw.len()).max(self.room.len()), 0);
@@ -389,17 +392,26 @@ mod tests {
             };
             std::iter::repeat_with(next).take(len).collect()
         };
-        let looks = |raw: &[u8]| looks_random(raw);
-        assert!((1..100).all(|seed| looks(&noise(128 << 10, seed))), "random bytes");
-        assert!(!looks(&noise(8 << 10, 1)), "too short to tell");
+        assert!((1..100).all(|seed| looks_random(&noise(128 << 10, seed))), "random bytes");
+        assert!(!looks_random(&noise(8 << 10, 1)), "too short to tell");
         let text: Vec<u8> = b"what a guest writes, again and again; ".iter().copied().cycle().take(128 << 10).collect();
-        assert!(!looks(&text));
+        assert!(!looks_random(&text));
         // Half of it, or random bytes that come again soon, or of which only some occur.
-        assert!(!looks(&[noise(64 << 10, 2), text[..64 << 10].to_vec()].concat()));
+        assert!(!looks_random(&[noise(64 << 10, 2), text[..64 << 10].to_vec()].concat()));
         let again: Vec<u8> = noise(3000, 3).into_iter().cycle().take(128 << 10).collect();
-        assert!(!looks(&again));
+        assert!(!looks_random(&again));
+        // Each block begins with them: small compressed files, and blocks that come again.
+        for len in [300, 1024, 3500] {
+            let file = |seed| [noise(len, seed), vec![0; 4096 - len]].concat();
+            let files: Vec<u8> = (0..32).flat_map(file).collect();
+            assert!(!looks_random(&files), "{len}");
+        }
+        let block: Vec<u8> = noise(4096, 6).into_iter().cycle().take(128 << 10).collect();
+        assert!(!looks_random(&block));
+        let ramp: Vec<u8> = (0..128 << 10).map(|at| at as u8).collect();
+        assert!(!looks_random(&ramp));
         let letters: Vec<u8> = noise(128 << 10, 4).into_iter().map(|byte| byte & 0x7f).collect();
-        assert!(!looks(&letters));
+        assert!(!looks_random(&letters));
         let mut packer = Packer::new(1).unwrap();
         let mut out = vec![0; 128 << 10];
         assert!(packer.pack(Codec::Zstd, &noise(128 << 10, 5), &mut out).is_none());

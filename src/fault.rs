@@ -1,8 +1,8 @@
 //! Named points at which a test kills the process, as `kill -9` would, or holds it up.
 //!
 //! `LIVEBACKUP_KILL_AT=name` or `name:N` kills at the first or N-th passing of the point.
-//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing; `name=/PATH` makes a file `PATH.here` and waits until `PATH`
-//! is there. Nothing is checked but a static when neither is set.
+//! `LIVEBACKUP_PAUSE_AT=name=MS,…` sleeps there at every passing; `name=/PATH` waits until that file is there, and makes
+//! a file with the extension `here` beside it. Nothing is checked but a static when neither is set.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

@@ -189,7 +189,8 @@ fn a_real_guest(version: Version, disks: &[GuestDisk]) {
     }
 
     // Both killed: frozen until the next start.
-    side.killed_at("freeze.frozen", &[("LIVEBACKUP_PAUSE_AT", "guardian.thaw=/never")]);
+    let pause = format!("guardian.thaw={}/never", side.state);
+    side.killed_at("freeze.frozen", &[("LIVEBACKUP_PAUSE_AT", &pause)]);
     let guardians = side.guardians();
     assert!(!guardians.is_empty(), "the guardian waits");
     for pid in guardians {

@@ -147,8 +147,9 @@ fn a_signal_ends_the_backup_under_run() {
         let mut scene = Scene::new(version, Keeper::Run);
         let held = scene.side.hold_a_backup();
         scene.side.qemu().signal_parent(Signal::SIGTERM);
-        scene.wait_for_the_end();
+        // Nobody waits for long for a client that stands still.
         let said = why(&held.let_go());
+        scene.wait_for_the_end();
         assert!(said.contains("was told to end during the backup"), "{said}");
         assert_eq!(scene.go_on(), ["incremental"; 2]);
     }
@@ -160,8 +161,9 @@ fn is_cut_off(version: Version, keeper: Keeper, end: fn(&mut Qemu)) {
     scene.side.flush();
     let held = scene.side.hold_a_backup();
     end(scene.side.qemu());
-    scene.wait_for_the_end();
+    // Nobody waits for long for a client that stands still.
     let said = why(&held.let_go());
+    scene.wait_for_the_end();
     assert!(said.contains("QEMU"), "{said}");
     assert_eq!(scene.go_on(), ["scan"; 2]);
 }
