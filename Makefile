@@ -39,7 +39,7 @@ bench: cargo ## measure (release): the parts, then all of it beside QEMU's own m
 	$(MAKE) --no-print-directory bench-write-overhead
 
 bench-throughput: cargo ## only the latter (about 15 minutes); writes bench/RESULTS.md
-	tests/setup.sh --packages
+	tests/setup.sh --bench
 	$(CARGO) build --release --locked
 	bench/throughput.py
 

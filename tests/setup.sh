@@ -2,6 +2,8 @@
 # Installs what the tests and the demo need on Debian 12, and puts QEMU 7.2 beside the installed QEMU 10.0.
 #   tests/setup.sh              all of it
 #   tests/setup.sh --packages   only Debian's packages (enough for the demo)
+#   tests/setup.sh --bench      those, and the programs that bench/throughput.py compares with (libvirt among them: only its
+#                               programs, no service is started)
 # Packages are installed as root; run by another user it names what is missing and how to install it. Does nothing where
 # everything is there. Cache: $LIVEBACKUP_CACHE, default ~/.cache/livebackup.
 set -euo pipefail
@@ -19,11 +21,12 @@ update() { [ -n "$updated" ] || apt update; updated=1; }
 version=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p' || true)
 qemu=
 if [ "${version:-0}" -lt 10 ] || ! command -v qemu-img >/dev/null; then qemu="qemu-system-x86 and qemu-utils from bookworm-backports"; fi
-missing=()
-for p in libnbd-bin nbdkit mmdebstrap cpio busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount fdisk shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
+missing=() others=()
+[ "${1:-}" != --bench ] || others=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients virtnbdbackup restic borgbackup zstd)
+for p in "${others[@]}" libnbd-bin nbdkit mmdebstrap cpio busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount fdisk shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
 if [ -n "$qemu${missing[*]}" ] && [ "$(id -u)" != 0 ]; then
   echo "These Debian packages are missing: $qemu ${missing[*]}"
-  echo "Install them by:  sudo $(realpath "$0") --packages"
+  echo "Install them by:  sudo $(realpath "$0") ${1:---packages}"
   [ -n "$qemu" ] || echo "or by:            sudo apt-get install -y --no-install-recommends ${missing[*]}"
   echo "and run this again."
   exit 1
@@ -37,7 +40,7 @@ if [ -n "$qemu" ]; then
   apt install -t bookworm-backports qemu-system-x86 qemu-utils
 fi
 if [ ${#missing[@]} -gt 0 ]; then update; echo "installing ${missing[*]}"; apt install "${missing[@]}"; fi
-[ "${1:-}" != --packages ] || exit 0
+case "${1:-}" in --packages | --bench) exit 0 ;; esac
 
 # QEMU 7.2, unpacked and not installed.
 q=$cache/qemu-7.2
