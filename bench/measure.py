@@ -13,8 +13,8 @@ def reaper(report, argv):
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     start = time.monotonic()
     status = subprocess.Popen(argv).wait()
-    wall, until = time.monotonic() - start, time.monotonic() + 3
-    while time.monotonic() < until:  # a helper process may outlive its parent for a moment
+    wall, end = time.monotonic() - start, time.monotonic()
+    while time.monotonic() < end + 60:  # a helper process may outlive its parent: qemu-nbd flushes when its client has gone
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.01)
@@ -22,7 +22,7 @@ def reaper(report, argv):
             break
     r = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(report, "w") as f:
-        json.dump({"wall": wall, "cpu": r.ru_utime + r.ru_stime, "rss": r.ru_maxrss / 1024}, f)
+        json.dump({"wall": wall, "flush": time.monotonic() - end, "cpu": r.ru_utime + r.ru_stime, "rss": r.ru_maxrss / 1024}, f)
     sys.exit(status)
 
 def processor_seconds(pid):
@@ -69,6 +69,7 @@ class Busy:
 # ---- QEMU ------------------------------------------------------------------------------------------------------------
 class Machine:
     """A QEMU that runs no guest; disks as (device, format, image). The nodes are called as the devices, with an `n`."""
+    preamble = 0  # how much of the log is not QEMU's own
     def __init__(self, work, name, disks):
         self.name, self.disks, self.work = name, disks, work
         self.monitor, own = f"{work}/{name}.qmp", f"{work}/{name}.own"
@@ -81,6 +82,8 @@ class Machine:
                      "-device", f"virtio-blk-pci,drive=n{device},id={device},serial={device}"]
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.pid = self.process.pid
+        self.connect(own)
+    def connect(self, own):
         for _ in range(200):
             try:
                 self.socket = socket.socket(socket.AF_UNIX)
@@ -94,8 +97,12 @@ class Machine:
     def read(self):
         line = self.replies.readline()
         if not line:
-            raise SystemExit(f"QEMU {self.name} has ended: " + open(self.log.name).read())
+            raise SystemExit(f"QEMU {self.name} has ended: {self.said()}")
         return json.loads(line)
+    def said(self):
+        with open(self.log.name) as f:
+            f.seek(self.preamble)
+            return f.read()
     def __call__(self, command, **arguments):
         self.socket.sendall(json.dumps({"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}).encode() + b"\n")
         while True:
@@ -144,7 +151,7 @@ class Machine:
                 self("human-monitor-command", command_line=f'qemu-io -d /machine/peripheral/{device}/virtio-backend "write -q -s {piece} {at} 64k"')
         for device in extents:
             self("human-monitor-command", command_line=f'qemu-io -d /machine/peripheral/{device}/virtio-backend "flush"')
-        said = open(self.log.name).read()
+        said = self.said()
         if "failed" in said or "rror" in said:
             raise SystemExit(f"writes failed: {said}")
     def nbd(self, path):
