@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Backup and restore speed of livebackup beside QEMU's own means. bench/README.md says what is measured and how.
+"""Backup and restore speed of livebackup beside QEMU's own means and what works by libvirt. bench/README.md says what is
+measured and how.
 
   bench/throughput.py [--runs N] [--only WORD]... [--out DIR] [--keep]
 
 LIVEBACKUP names the program, QEMU the emulator, LIVEBACKUP_BENCH_MIB the data (default 3072; the bars are meant for that),
 TMPDIR where everything is put. No bar fails the run."""
-import argparse, json, os, platform, shutil, socket, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, platform, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 sys.dont_write_bytecode = True  # nothing is left beside the sources
+import domain
 from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, evict, flush, make, peak_mib, processor_seconds, stored_mib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -29,9 +31,11 @@ class Bench:
         if done.returncode:
             raise RuntimeError(f"{' '.join(argv)}: exit {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
         return done.stdout
+    def wants(self, what):
+        return not self.only or any(w in what for w in self.only)
     def record(self, what, payload, run):
         """Calls `run`, which returns what it cost and the paths that it wrote. A failure is a line, not the end."""
-        if self.only and not any(w in what for w in self.only):
+        if not self.wants(what):
             return None
         os.sync()
         others = Busy()
@@ -47,20 +51,21 @@ class Bench:
         self.results.setdefault(what, []).append(cost)
         print(f"  {what}: {cost['wall']:.2f} s + flush {cost['flush']:.2f} s, tool {cost['cpu']:.2f} CPU-s", flush=True)
         return cost
-    def command(self, *commands, machine=None):
-        """Costs of one or more commands in turn, with QEMU's and the server's beside them."""
-        total = {"wall": 0.0, "cpu": 0.0, "rss": 0.0, "qemu": 0.0}
-        watched = {k: p for k, p in (("qemu", machine and machine.pid), ("server", self.server and self.server.pid)) if p}
+    def command(self, *commands, machine=None, server=None):
+        """Costs of one or more commands in turn, with QEMU's and the server's beside them: livebackup's if it runs, or `server`."""
+        server = self.server or server
+        total = {"wall": 0.0, "flush": 0.0, "cpu": 0.0, "rss": 0.0, "qemu": 0.0}
+        watched = {k: p.pid for k, p in (("qemu", machine), ("server", server)) if p}
         before = {k: processor_seconds(p) for k, p in watched.items()}
-        if self.server:
-            open(f"/proc/{self.server.pid}/clear_refs", "w").write("5")
+        if server:
+            open(f"/proc/{server.pid}/clear_refs", "w").write("5")
         for argv in commands:
             self.quiet(sys.executable, os.path.join(HERE, "measure.py"), f"{self.work}/cost", *argv)
             cost = json.load(open(f"{self.work}/cost"))
             total = {k: max(total[k], v) if k == "rss" else total[k] + v for k, v in {**cost, "qemu": 0}.items()}
         total.update({k: processor_seconds(p) - before[k] for k, p in watched.items()})
-        if self.server:
-            total["server_rss"] = peak_mib(self.server.pid)
+        if server:
+            total["server_rss"] = peak_mib(server.pid)
         return total
     def serve(self, machines):
         with socket.socket() as s:
@@ -99,6 +104,10 @@ def livebackup_full(b, machine, what, payload, options, tcp, keep=None):
     if not keep:
         shutil.rmtree(repo)
 
+def unlink(files):
+    for path in filter(os.path.exists, files):
+        os.unlink(path)
+
 def qemu_job(b, machine, what, payload, form, sync, options=(), **more):
     """QEMU's own backup job of all disks onto fresh images."""
     files = [f"{b.work}/job-{d}.{form}" for d, _, _ in machine.disks]
@@ -106,8 +115,7 @@ def qemu_job(b, machine, what, payload, form, sync, options=(), **more):
         size = json.loads(b.quiet("qemu-img", "info", "-U", "--output=json", image))["virtual-size"]
         b.quiet("qemu-img", "create", "-q", "-f", form, *options, path, str(size))
     b.record(what, payload, lambda: (machine.job(sync, [(form, f) for f in files], **more), files))
-    for path in files:
-        os.unlink(path)
+    unlink(files)
 
 def copy_exports(b, machine, what, payload, argv):
     path, files = f"{b.work}/nbd", [f"{b.work}/copy-{d}" for d, _, _ in machine.disks]
@@ -115,8 +123,7 @@ def copy_exports(b, machine, what, payload, argv):
     exports = [f"nbd+unix:///{d}?socket={path}" for d, _, _ in machine.disks]
     b.record(what, payload, lambda: (b.command(*[[*argv, e, f] for e, f in zip(exports, files)], machine=machine), files))
     machine.nbd(None)
-    for path in filter(os.path.exists, files):
-        os.unlink(path)
+    unlink(files)
 
 def deduplicators(b, machine, payload):
     """restic and borg, fed with the disks by nbdcopy: all of them, and again with nothing changed. livebackup's scan of the
@@ -147,8 +154,100 @@ def deduplicators(b, machine, payload):
     b.state = mine
     shutil.rmtree(repo)
 
-def one_run(b, run, small, big, extents):
+# ---- of a libvirt domain ---------------------------------------------------------------------------------------------
+LIBVIRT = "libvirt qcow2"  # in the names of its rows: what is backed up, and that no disk is raw
+FULLS = {way: f"full, {LIBVIRT}: {way}" for way in ("virtnbdbackup", "virtnbdbackup, lz4", "virsh backup-begin push", "virsh backup-begin pull, nbdcopy", "livebackup")}
+INCREMENTALS = {way: f"incremental, {LIBVIRT}: {way}" for way in ("virtnbdbackup", "virsh backup-begin push", "livebackup")}
+VIRTNBDRESTORE = f"restore, {LIBVIRT}: virtnbdbackup"
+CHAIN = "virtnbdbackup.0"  # what virtnbdbackup calls the checkpoint of its full
+
+def same(b, what, form, files, images):
+    """A way whose copies differ from the disks has measured nothing."""
+    for path, image in zip(files, images):
+        b.quiet("qemu-img", "compare", "-U", "-f", form, "-F", "qcow2", path, image)
+    print(f"  {what}: equals the disks", flush=True)
+
+def virtnbdbackup(b, dom, level, into, *options):
+    """What a backup by virtnbdbackup costs, and where it is."""
+    before = stored_mib([into])
+    command = dom.virtnbd("virtnbdbackup", "-S", f"{b.work}/scratch", "-d", dom.name, "-l", level, "-o", into, *options)
+    return {**b.command(command, machine=dom, server=dom.daemon), "before": before}, [into]
+
+def virtnbdbackup_full(b, dom, recorded=True):
+    """The full that this run's restore and incremental are of; earlier checkpoints end."""
+    into = f"{b.work}/virtnbdbackup"
+    shutil.rmtree(into, ignore_errors=True)
+    run = lambda: virtnbdbackup(b, dom, "full", into)
+    b.record(FULLS["virtnbdbackup"], DATA, run) if recorded else run()
+
+def virtnbdbackup_lz4(b, dom):
+    into = f"{b.work}/virtnbdbackup-lz4"
+    b.record(FULLS["virtnbdbackup, lz4"], DATA, lambda: virtnbdbackup(b, dom, "copy", into, "-z"))
+    shutil.rmtree(into, ignore_errors=True)
+
+def push(b, dom, what, payload, images=None, below=(), **options):
+    """`below` are the images that an incremental is of; with them, it has to equal `images`."""
+    files = [f"{b.work}/push-{d}.qcow2" for d, _, _ in dom.disks]
+    if b.record(what, payload, lambda: (dom.push(files, **options), files)) and images:
+        for path, image in zip(files, below):
+            b.quiet("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", image, path)
+        same(b, what, "qcow2", files, images)
+    unlink(files)
+
+def pull(b, dom, references):
+    exports, files = f"{b.work}/pull.nbd", [f"{b.work}/pull-{d}.raw" for d, _, _ in dom.disks]
+    virsh = ["virsh", "-q", "-c", dom.uri]
+    copies = [["nbdcopy", f"nbd+unix:///{t}?socket={exports}", f] for t, f in zip(dom.targets(), files)]
+    def run():
+        cost = b.command([*virsh, "backup-begin", dom.name, dom.pull(exports)], *copies, [*virsh, "domjobabort", dom.name], machine=dom, server=dom.daemon)
+        dom.completed()
+        return cost, files
+    what = FULLS["virsh backup-begin pull, nbdcopy"]
+    if b.record(what, DATA, run) and references:
+        same(b, what, "raw", files, references)
+    unlink(files)
+
+def virtnbdrestore(b, dom, references):
+    made, into = f"{b.work}/virtnbdbackup", f"{b.work}/virtnbdrestored"
+    if not b.wants(VIRTNBDRESTORE):
+        return
+    if not os.path.exists(made):
+        virtnbdbackup_full(b, dom, recorded=False)
+    evict(made)
+    if b.record(VIRTNBDRESTORE, DATA, lambda: (b.command(*dom.virtnbdrestore(made, into), machine=dom, server=dom.daemon), [into])) and references:
+        same(b, VIRTNBDRESTORE, "qcow2", dom.files_in(into), references)
+    shutil.rmtree(into, ignore_errors=True)
+
+def domain_incrementals(b, run, dom, extents, references):
+    """virtnbdbackup's, `backup-begin`'s and livebackup's of the same writes. All have a full of before them; the
+    checkpoint of virtnbdbackup's serves two, since it refuses a domain that has any of others."""
+    into, repo, restored = f"{b.work}/virtnbdbackup", f"{b.work}/{dom.name}-here", f"{b.work}/virtnbdrestored"
+    images = [image for _, _, image in dom.disks] if references else None
+    if not os.path.exists(into):
+        virtnbdbackup_full(b, dom, recorded=False)
+    if run == 0:
+        b.quiet(PROGRAM, "init", repo)
+        b.backup(dom, repo)
+    dom.scatter(run * 10 + len(extents), extents, SCATTERED)
+    def by_virtnbdbackup():
+        what = INCREMENTALS["virtnbdbackup"]
+        if b.record(what, SCATTERED, lambda: virtnbdbackup(b, dom, "inc", into)) and images:
+            b.command(*dom.virtnbdrestore(into, restored))
+            same(b, what, "qcow2", dom.files_in(restored), images)
+            shutil.rmtree(restored)
+    def by_push():
+        push(b, dom, INCREMENTALS["virsh backup-begin push"], SCATTERED, images, references or (), base=CHAIN, checkpoint="pushed")
+        if "pushed" in dom.virsh("checkpoint-list", dom.name, "--name").split():
+            dom.virsh("checkpoint-delete", dom.name, "pushed")
+    ways = [by_virtnbdbackup, by_push, lambda: b.record(INCREMENTALS["livebackup"], SCATTERED, lambda: b.backup(dom, repo))]
+    for i in range(len(ways)):
+        ways[(i + run) % len(ways)]()
+
+# ---- all in turn -----------------------------------------------------------------------------------------------------
+def one_run(b, run, small, big, dom, extents):
     w, payload = b.work, DATA
+    references = [f"{w}/reference-{d}.qcow2" for d, _, _ in small.disks]
+    before = references if run == 0 else None  # what the disks are until the first writes
     full = f"{w}/full"  # kept: the source of restore and verify
     ways = [
         lambda: livebackup_full(b, small, "full, livebackup, none", payload, ["--compression", "none"], False),
@@ -160,6 +259,14 @@ def one_run(b, run, small, big, extents):
         lambda: copy_exports(b, small, "full, nbdcopy to raw", payload, ["nbdcopy"]),
         lambda: copy_exports(b, small, "full, qemu-img convert to raw", payload, ["qemu-img", "convert", "-W", "-f", "raw", "-O", "raw"]),
     ]
+    if dom:
+        ways += [
+            lambda: virtnbdbackup_full(b, dom),
+            lambda: livebackup_full(b, dom, FULLS["livebackup"], payload, [], False),
+            lambda: push(b, dom, FULLS["virsh backup-begin push"], payload, before),
+            lambda: pull(b, dom, before),
+            lambda: virtnbdbackup_lz4(b, dom),
+        ]
     for i in range(len(ways)):
         ways[(i + 3 * run) % len(ways)]()
 
@@ -167,7 +274,6 @@ def one_run(b, run, small, big, extents):
         deduplicators(b, small, payload)
 
     # Restore and verify: of a full that is as the disks were before any of the writes below.
-    references = [f"{w}/reference-{d}.qcow2" for d, _, _ in small.disks]
     def restore():
         shutil.rmtree(f"{w}/restored", ignore_errors=True)
         evict(full)
@@ -181,9 +287,9 @@ def one_run(b, run, small, big, extents):
         files = [f"{w}/converted-{d}.raw" for d, _, _ in small.disks]
         evict(*references)
         b.record("restore, qemu-img convert", payload, lambda: (b.command(*[["qemu-img", "convert", "-W", "-O", "raw", r, f] for r, f in zip(references, files)]), files))
-        for path in filter(os.path.exists, files):
-            os.unlink(path)
-    for way in (restore, convert) if run % 2 == 0 else (convert, restore):
+        unlink(files)
+    restores = [restore, convert, *([lambda: virtnbdrestore(b, dom, before)] if dom else [])]
+    for way in restores if run % 2 == 0 else restores[::-1]:
         way()
     evict(full)
     b.record("verify", payload, lambda: (b.command([PROGRAM, "verify", full]), []))
@@ -218,6 +324,8 @@ def one_run(b, run, small, big, extents):
             ways[(i + run) % len(ways)]()
         for device, _, _ in machine.disks:
             machine("block-dirty-bitmap-remove", node=f"n{device}", name="bench")
+    if dom and any(map(b.wants, INCREMENTALS.values())):
+        domain_incrementals(b, run, dom, extents[dom.name], before)
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 def median(results, what, key):
@@ -274,9 +382,13 @@ def bars(results, zstd_mib):
         bar(f"incremental{over}: seconds beside QEMU's job", ratio(seconds(one), seconds(dirty)), here(0.6 / DIRTY_JOB_SECONDS))
         bar(f"incremental{over}: CPU-s beside QEMU's job", ratio(cpu(one), cpu(dirty)), here(0.5 / DIRTY_JOB_CPU))
         bar(f"incremental{over}: seconds more at 1 TiB", seconds(tera) - seconds(one) if seconds(tera) and seconds(one) else None, 1.0)
+        other = INCREMENTALS["virtnbdbackup"]
+        bar(f"incremental{over}: seconds beside virtnbdbackup's", ratio(seconds(one), seconds(other)), 1.0)
+        bar(f"incremental{over}: CPU-s beside virtnbdbackup's", ratio(cpu(one), cpu(other)), None)
     restore, convert = seconds("restore, livebackup"), seconds("restore, qemu-img convert")
     bar("restore: MiB/s", ratio(DATA, restore), 400, False, "{:.0f}")
     bar("restore: rate beside qemu-img convert", ratio(convert, restore), 1.0, False)
+    bar("restore: rate beside virtnbdbackup's", ratio(seconds(VIRTNBDRESTORE), restore), 6.0, False)
     scanned, again = results.get("unchanged, livebackup by scan"), results.get("unchanged, restic")
     bar("unchanged disks, by scan: CPU-s beside restic's", ratio(total_cpu(scanned[0]), total_cpu(again[0])) if scanned and again else None, 0.1, form="{:.3f}")
     for key, who in (("rss", "client or tool"), ("server_rss", "server")):
@@ -307,7 +419,7 @@ def write_report(bench, args, zstd_mib, load, began):
     met = bars(results, zstd_mib)
     words = {True: "met    ", False: "NOT MET", None: "-      "}
     body = "\n".join(lines) + "\n\n" + table(results) + "\n\n" + "\n".join(f"{words[m]}  {w}" for m, w in met)
-    body += "\n\nvirtnbdbackup was not run: it needs libvirt, which this does not install.\n" + "".join(f"{n}\n" for n in bench.notes)
+    body += "\n" + "".join(f"\n{n}" for n in bench.notes) + "\n"
     print("\n" + body)
     os.makedirs(args.out, exist_ok=True)
     with open(f"{args.out}/throughput.json", "w") as f:
@@ -326,12 +438,16 @@ def main():
     args = parser.parse_args()
     if not os.access(PROGRAM, os.X_OK):
         sys.exit(f"{PROGRAM} is missing: cargo build --release makes it")
-    began, load, machines = time.time(), os.getloadavg(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # a domain's QEMU is nobody's child, and would stay
+    began, load, machines, dom = time.time(), os.getloadavg(), [], None
     work = tempfile.mkdtemp(prefix="livebackup-bench-")
     bench = Bench(work, args.only)
     try:
-        if shutil.disk_usage(work).free < DATA * 8 * MIB:
-            sys.exit(f"{work} needs {DATA * 8 // 1024} GiB of room; TMPDIR names another place")
+        of_libvirt = any(map(bench.wants, [*FULLS.values(), VIRTNBDRESTORE, *INCREMENTALS.values()]))
+        if of_libvirt and domain.missing():
+            sys.exit(f"these Debian packages are missing: {', '.join(domain.missing())}; tests/setup.sh --bench installs them")
+        if shutil.disk_usage(work).free < DATA * 12 * MIB:
+            sys.exit(f"{work} needs {DATA * 12 // 1024} GiB of room; TMPDIR names another place")
         print(f"making {DATA} MiB of data twice in {work}", flush=True)
         squeeze, sizes = Squeezed(), (DATA * 2 // 3, DATA - DATA * 2 // 3)
         extents = {"bench": {f"vd{i}": make(f"{work}/vd{i}.raw", 2 * n * MIB, n, i, squeeze) for i, n in enumerate(sizes)}}
@@ -343,13 +459,18 @@ def main():
         os.unlink(f"{work}/vd0.raw")
         for name, disks in (("bench", [("vd0", "qcow2", f"{work}/vd0.qcow2"), ("vd1", "raw", f"{work}/vd1.raw")]), ("big", [("vd0", "raw", f"{work}/big.raw")])):
             machines.append(Machine(work, name, disks))
+        if of_libvirt:
+            disks = [(f"virtio-disk{i}", "qcow2", shutil.copyfile(f"{work}/reference-vd{i}.qcow2", f"{work}/libvirt-vd{i}.qcow2")) for i in range(2)]
+            extents["libvirt"] = {device: extents["bench"][f"vd{i}"] for i, (device, _, _) in enumerate(disks)}
+            dom = domain.Domain(work, "libvirt", disks)
+            bench.notes.append(f"The rows of a libvirt domain: {dom.versions()}.")
         for run in range(args.runs):
             print(f"run {run + 1} of {args.runs}, {time.time() - began:.0f} s", flush=True)
-            one_run(bench, run, *machines, extents)
+            one_run(bench, run, *machines, dom, extents)
         write_report(bench, args, squeeze.mib, load, began)
     finally:
         bench.end_serve()
-        for machine in machines:
+        for machine in filter(None, [*machines, dom]):
             machine.end()
         print(f"kept: {work}" if args.keep else f"{time.time() - began:.0f} s in all", flush=True)
         if not args.keep:
