@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::compare::Compared;
-use super::fleece::{Bench, Fleece};
+use super::fleece::{Bench, Fleece, FleeceDisk};
 use super::meter::Meter;
 use super::pace::Pace;
 use super::quiet::{Quiet, QuietOptions};
@@ -258,12 +258,14 @@ impl Vm {
         pace: &Arc<Pace>,
     ) -> Result<Vec<(ReadyDisk, BegunDisk)>, Failure> {
         let (chunk_bytes, leaves_out) = (u64::from(begin.chunk_bytes), begin.areas.is_some());
-        let mut disks = vec![];
+        let mut shown = vec![];
         for (i, reason) in reasons.iter().enumerate() {
             let (epoch, needed) = self.settle(fleece, i, reason, chunk_bytes).await?;
-            let transport = self.inner.options.transport;
-            let mut ready = transfer::ready(fleece, i, needed, chunk_bytes, transport, pace.clone()).await?;
-            let plan = &fleece.disks[i].plan;
+            shown.push((epoch, transfer::show(fleece, i, needed, chunk_bytes, self.inner.options.transport).await?));
+        }
+        let mut disks = vec![];
+        for ((epoch, shown), FleeceDisk { plan, .. }) in shown.into_iter().zip(&fleece.disks) {
+            let mut ready = shown.connect(chunk_bytes, pace.clone()).await?;
             let areas = match leaves_out {
                 true => Some(areas::leave_out(self.monitor(), &mut ready, plan, &self.inner.options.skip).await?),
                 false => None,

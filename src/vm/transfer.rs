@@ -4,6 +4,7 @@
 //! discarded from the fleece, so that the guest's writes there cost nothing any more and the scratch shrinks. Bytes in
 //! flight are bounded by the source; a client that stops reading stops the reader, and the scratch's limits end it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use crate::block::{BlockSource, Reading, SourceError, SourceRules};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
+use crate::machine::Disk;
 use crate::nbd::{self, NbdSource, SourceOptions};
 use crate::units::{GRANULE_BYTES, MIB};
 use crate::vhost::VhostSource;
@@ -112,15 +114,30 @@ impl ReadyDisk {
     }
 }
 
-/// Opens the source of a disk, over the transport that this QEMU and the options allow.
-pub async fn ready(
+/// A disk that QEMU shows as it was at the instant. All disks are shown before the first is connected: QEMU 10 takes all exports
+/// out of their I/O contexts for a moment whenever a block node or an export is added or removed, and may close the connection
+/// to one in an I/O thread then, or worse (see [`vhost`](crate::vhost)).
+pub struct ShownDisk {
+    disk: Disk,
+    export: Export,
+    needed: Needed,
+    data: Bitmap,
+    rules: SourceRules,
+}
+
+enum Export {
+    Vhost(PathBuf),
+    Nbd(PathBuf, String),
+}
+
+/// Shows a disk over the transport that this QEMU and the options allow.
+pub async fn show(
     fleece: &mut Fleece,
     i: usize,
     needed: Needed,
     chunk_bytes: u64,
     transport: Transport,
-    pace: Arc<Pace>,
-) -> Result<ReadyDisk, Failure> {
+) -> Result<ShownDisk, Failure> {
     let disk = fleece.disks[i].plan.disk.clone();
     let capabilities = fleece.bench().capabilities.clone();
     let node = fleece.show(i).await?;
@@ -140,13 +157,8 @@ pub async fn ready(
             ),
         ));
     }
-    let vhost = capabilities.vhost_user_blk && transport != Transport::Nbd;
-    let source = if vhost {
-        let socket = fleece.export_vhost(i, &node).await?;
-        let connect = if disk.read_only { VhostSource::connect_read_only } else { VhostSource::connect };
-        let size_bytes = disk.size_bytes;
-        let connected = tokio::task::spawn_blocking(move || connect(&socket, size_bytes, rules)).await;
-        Source::Vhost(connected.map_err(internal)?.map_err(internal)?)
+    let export = if capabilities.vhost_user_blk && transport != Transport::Nbd {
+        Export::Vhost(fleece.export_vhost(i, &node).await?)
     } else {
         if disk.iothread && !capabilities.nbd_safe_in_iothread {
             return Err(Failure::new(
@@ -158,20 +170,38 @@ pub async fn ready(
                 ),
             ));
         }
-        let (socket, export) = fleece.export_nbd(i, &node).await?;
-        let options = SourceOptions {
-            address: nbd::Address::Unix(socket),
-            export,
-            connections: 2,
-            rules,
-            request_bytes: Some(GRANULE_BYTES),
-            connect: Default::default(),
-        };
-        Source::Nbd(NbdSource::open(&options).await.map_err(internal)?)
+        let (socket, name) = fleece.export_nbd(i, &node).await?;
+        Export::Nbd(socket, name)
     };
-    let Needed { bitmap: needed, compared } = needed;
-    let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);
-    Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name, pace })
+    Ok(ShownDisk { disk, export, needed, data, rules })
+}
+
+impl ShownDisk {
+    /// Opens the disk's source.
+    pub async fn connect(self, chunk_bytes: u64, pace: Arc<Pace>) -> Result<ReadyDisk, Failure> {
+        let Self { disk, export, needed: Needed { bitmap: needed, compared }, data, rules } = self;
+        let source = match export {
+            Export::Vhost(socket) => {
+                let connect = if disk.read_only { VhostSource::connect_read_only } else { VhostSource::connect };
+                let size_bytes = disk.size_bytes;
+                let connected = tokio::task::spawn_blocking(move || connect(&socket, size_bytes, rules)).await;
+                Source::Vhost(connected.map_err(internal)?.map_err(internal)?)
+            }
+            Export::Nbd(socket, export) => {
+                let options = SourceOptions {
+                    address: nbd::Address::Unix(socket),
+                    export,
+                    connections: 2,
+                    rules,
+                    request_bytes: Some(GRANULE_BYTES),
+                    connect: Default::default(),
+                };
+                Source::Nbd(NbdSource::open(&options).await.map_err(internal)?)
+            }
+        };
+        let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);
+        Ok(ReadyDisk { source, needed, data, compared, chunk_bytes, discards, name, pace })
+    }
 }
 
 /// A run of the needed set.
