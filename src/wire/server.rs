@@ -309,12 +309,14 @@ impl Connection {
         let to_sidecar = ToSidecar { acks: &to_sidecar, words, digests };
         tokio::select! {
             pumped = async {
-                let pumped = pump(writer, (&mut events, &mut outgoing), acks, timing, peer).await;
-                if matches!(pumped, Err(Ended::Lost(_))) {
-                    // It cannot be written to, but what it said last may still be here to be read.
-                    sleep(LAST_WORDS).await;
+                match pump(writer, (&mut events, &mut outgoing), acks, timing, peer).await {
+                    Err(Ended::Lost(failure)) => {
+                        // What it said last may still be here to be read. Where one of several is lost, it is known why.
+                        sleep(LAST_WORDS).await;
+                        Err(Ended::Lost(trunk.as_ref().and_then(|trunk| trunk.lines.reason()).unwrap_or(failure)))
+                    }
+                    pumped => pumped,
                 }
-                pumped
             } => pumped?,
             () = sleep_until(until) => {
                 let hours = timing.session.as_secs_f64() / 3600.0;
@@ -363,7 +365,12 @@ impl Connection {
     async fn drain(&mut self, limit: Duration) {
         let closing = async {
             self.writer.close().await?;
-            self.reader.discard().await
+            let closed = self.reader.discard().await;
+            // Somebody on the way may have closed this connection when we had said all on it; the others go on.
+            if let Some(trunk) = &self.trunk {
+                trunk.lines.carried().await;
+            }
+            closed
         };
         if timeout(limit, closing).await.is_err() {
             tracing::debug!(peer = self.peer, "the client did not close in time");
@@ -431,8 +438,7 @@ async fn lost(trunk: Option<&Trunk>, acks: &Acks, silence: Duration) -> Failure 
         Some(trunk) => trunk.lines.lost().await,
         None => std::future::pending().await,
     };
-    // A client may close as soon as it has the end, before the pump knows that it was written; and what it said last may
-    // still be here to be read.
+    // A client may close once it has the end, before the pump knows that; and its last words may still be here to be read.
     sleep(if acks.are_over() { silence } else { LAST_WORDS }).await;
     failure
 }

@@ -31,6 +31,8 @@ struct Shared {
     /// Nothing more comes.
     closed: watch::Sender<bool>,
     lost: watch::Sender<Option<Failure>>,
+    /// Connections that have something to carry yet.
+    carrying: watch::Sender<usize>,
 }
 
 #[derive(Debug, Default)]
@@ -81,11 +83,21 @@ impl Lines {
         let _ = self.0.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
+    /// Resolves when no connection carries anything any more.
+    pub async fn carried(&self) {
+        let _ = self.0.carrying.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// Why all is lost, if it is.
+    pub fn reason(&self) -> Option<Failure> {
+        self.0.lost.borrow().clone()
+    }
+
     /// Resolves when a connection is lost.
     pub async fn lost(&self) -> Failure {
         let mut lost = self.0.lost.subscribe();
-        let seen = lost.wait_for(Option::is_some).await.ok().and_then(|lost| lost.clone());
-        seen.unwrap_or_else(|| Failure::new(FailureCode::Disconnected, "the session's connections are gone"))
+        let _ = lost.wait_for(Option::is_some).await;
+        self.reason().unwrap_or_else(|| Failure::new(FailureCode::Disconnected, "the session's connections are gone"))
     }
 }
 
@@ -132,6 +144,7 @@ impl Line {
     /// # Errors
     /// What happened to the connection.
     pub async fn carry(&self, writer: &mut FrameWriter, alive_every: Duration) -> Result<(), LinkError> {
+        let _carrying = Carrying::new(&self.lines);
         loop {
             writer.flush().await?;
             let last = match timeout(alive_every, self.next()).await {
@@ -148,6 +161,22 @@ impl Line {
             last.into_iter().for_each(|last| writer.push(last));
             return writer.close().await;
         }
+    }
+}
+
+/// Counts a connection among those that carry.
+struct Carrying<'a>(&'a Lines);
+
+impl<'a> Carrying<'a> {
+    fn new(lines: &'a Lines) -> Self {
+        lines.0.carrying.send_modify(|count| *count += 1);
+        Self(lines)
+    }
+}
+
+impl Drop for Carrying<'_> {
+    fn drop(&mut self) {
+        self.0.0.carrying.send_modify(|count| *count -= 1);
     }
 }
 
