@@ -368,7 +368,7 @@ impl Connection {
             let closed = self.reader.discard().await;
             // Somebody on the way may have closed this connection when we had said all on it; the others go on.
             if let Some(trunk) = &self.trunk {
-                trunk.lines.carried().await;
+                let _ = timeout(self.timing.silence, trunk.lines.carried()).await;
             }
             closed
         };
