@@ -384,14 +384,7 @@ mod tests {
 
     #[test]
     fn only_random_bytes_are_left_without_a_try() {
-        let noise = |len: usize, seed: u64| -> Vec<u8> {
-            let mut state = seed;
-            let next = || {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 56) as u8
-            };
-            std::iter::repeat_with(next).take(len).collect()
-        };
+        let noise = |len, seed: u64| chunk(2 * seed, true, len);
         assert!((1..100).all(|seed| looks_random(&noise(128 << 10, seed))), "random bytes");
         assert!(!looks_random(&noise(8 << 10, 1)), "too short to tell");
         let text: Vec<u8> = b"what a guest writes, again and again; ".iter().copied().cycle().take(128 << 10).collect();

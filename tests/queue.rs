@@ -19,16 +19,6 @@ const LONG: Duration = Duration::from_secs(60);
 
 const SIZE: u64 = 96 << 20;
 
-const GRANTS: &str = r#"
-    [[client]]
-    name = "backup1"
-    vms = ["real"]
-
-    [[client]]
-    name = "watcher"
-    vms = ["real"]
-"#;
-
 async fn connect(server: &Server, name: &str) -> Client {
     let connector = Connector::open(&server.pki.bundle(name)).unwrap();
     Client::connect_tls(&server.address, &connector, Timing::default()).await.unwrap()
@@ -83,7 +73,7 @@ async fn the_second_waits_for_the_first_and_everybody_sees_it() {
         qemu.write(i << 22, 4 << 20, i as u8 + 1);
     }
     let vm = format!("\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
-    let server = Server::start(&format!("{GRANTS}{vm}")).await;
+    let server = Server::start(&format!("{}{vm}", two_clients("real"))).await;
     let mut watcher = connect(&server, "watcher").await;
     status_when(&mut watcher, "the VM to be attached", |s| s.qemu_version.is_some()).await;
 
@@ -141,7 +131,7 @@ async fn the_second_waits_for_the_first_and_everybody_sees_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_client_cannot_take_all_places() {
-    let server = Server::start(GRANTS).await;
+    let server = Server::start(&two_clients("real")).await;
     let mut open = vec![];
     for _ in 0..32 {
         let mut client = connect(&server, "backup1").await;

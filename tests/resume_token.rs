@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 const LONG: Duration = Duration::from_secs(60);
 const SIZE: u64 = 24 << 20;
+
 async fn connect(server: &Server, address: &str, name: &str) -> Client {
     let connector = Connector::open(&server.pki.bundle(name)).unwrap();
     Client::connect_tls(address, &connector, Timing::default()).await.unwrap()
@@ -28,7 +29,8 @@ fn machine() -> (Qemu, String) {
     for i in 0..SIZE >> 20 {
         qemu.write(i << 20, 1 << 20, i as u8 + 1);
     }
-    let vm = format!("{TWO_CLIENTS}\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
+    let clients = two_clients("*");
+    let vm = format!("{clients}\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
     (qemu, vm)
 }
 

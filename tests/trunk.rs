@@ -148,7 +148,7 @@ fn reply(frame: &Frame) -> Reply {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_good_for_its_own_client() {
     let (qemu, _) = tokio::task::block_in_place(machine);
-    let clients = tls_common::TWO_CLIENTS;
+    let clients = tls_common::two_clients("*");
     let vm = format!("{clients}\n[[vm]]\nname = \"real\"\nmonitor = \"qmp:{}\"\n", qemu.socket().display());
     let server = tls_common::Server::start(&vm).await;
     let connect = async |name| tls_common::socket(&server, Some(&server.pki.bundle(name))).await.unwrap();

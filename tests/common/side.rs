@@ -216,7 +216,7 @@ impl Side {
         self.hold_a_backup_at("backup.begun", |qemu| !qemu.exports().is_empty() && qemu.nodes().iter().any(is_ours))
     }
 
-    /// The same at another point of it, which it has reached when QEMU looks so.
+    /// The same at another point of it, where QEMU must look so.
     pub fn hold_a_backup_at(&mut self, point: &str, mut is_there: impl FnMut(&mut Qemu) -> bool) -> Held {
         let go = self.home.path().join("go");
         let here = go.with_extension("here");

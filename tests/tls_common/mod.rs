@@ -16,16 +16,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Two clients that may do everything with every VM.
-pub const TWO_CLIENTS: &str = r#"
-    [[client]]
-    name = "backup1"
-    vms = ["*"]
-
-    [[client]]
-    name = "watcher"
-    vms = ["*"]
-"#;
+/// Two clients that may do everything with the VMs of this name.
+pub fn two_clients(vms: &str) -> String {
+    ["backup1", "watcher"].map(|name| format!("[[client]]\nname = \"{name}\"\nvms = [\"{vms}\"]\n")).concat()
+}
 
 /// An authority.
 pub struct Pki {
