@@ -9,7 +9,7 @@
 //! * **All or nothing.** The manifest is the last thing written, after everything that it needs is durable and after the
 //!   sidecar has said that the session ended well. A crash before leaves packs that the next writer adopts.
 //! * **The guest first.** Bytes are dropped as soon as they are stored: they may be memory that QEMU lends. What is durable
-//!   is acknowledged at once, so that the guest's writes to it cost nothing any more.
+//!   (in one process: what has arrived) is acknowledged at once, so that the guest's writes to it cost nothing any more.
 //! * **Cancelling.** When `interrupted` becomes true the session is dropped, which makes the sidecar close its fleece; a
 //!   sidecar in this process is waited for, and its instant is never given up half-way. From the moment at which the manifest is being written it is too late to
 //!   interrupt.

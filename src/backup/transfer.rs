@@ -103,13 +103,14 @@ pub async fn open_writer(repo: &Repository, compression: Compression) -> Result<
     Ok(OpenWriter(Some(blocking(move || repo.writer(options)).await??)))
 }
 
-/// Stores what the session sends. Dropping it drops the session.
+/// Stores what the session sends. Dropping it drops the session. With a sidecar in this process (`here`) nobody can come back
+/// for the rest of it: what has arrived is acknowledged before it is durable, and so costs the guest nothing any more.
 pub async fn run(
     session: Session,
     mut writer: OpenWriter,
     wish: Wish,
     (chunk_bytes, limit): (u32, Option<Limit>),
-    keeps_files: bool,
+    here: bool,
     progress: &mut impl FnMut(Progress),
 ) -> Result<Stored, BackupError> {
     let clock = Instant::now();
@@ -121,16 +122,17 @@ pub async fn run(
     };
     let durable = writer.0.as_mut().and_then(Writer::take_durable).ok_or(BackupError::Panicked)?;
     let compared = add_disks(writer.get()?, &begun, &plan, &picked, chunk_bytes)?;
-    let disks = begun.disks.len();
+    // Of how many disks it is told what is durable.
+    let disks = if here { 0 } else { begun.disks.len() };
     let mut replay = Replay::new(left, &begun, chunk_bytes);
     let reader = Arc::new(writer.get()?.reader());
 
     let work = async {
         let data = async {
-            let inlet = Inlet { events: &mut events, acks: &acks, limit };
+            let inlet = Inlet { events: &mut events, acks: &acks, at_once: here, limit };
             receive(inlet, writer.get()?, &begun, &compared, &mut replay, progress).await
         };
-        let paths = if keeps_files { begun.machine.boot_files.as_slice() } else { &[] };
+        let paths = if here { begun.machine.boot_files.as_slice() } else { &[] };
         let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
         let (received, (files, warnings)) = tokio::try_join!(data, kept)?;
         fault::point("backup.sent");
@@ -326,7 +328,22 @@ async fn give(
 struct Inlet<'a> {
     events: &'a mut Receiver<Result<Event, Failure>>,
     acks: &'a UnboundedSender<Ack>,
+    /// Whether that is said of what has arrived, durable or not.
+    at_once: bool,
     limit: Option<Limit>,
+}
+
+impl Inlet<'_> {
+    fn arrived(&self, disk: u16, extent: Extent) {
+        if self.at_once {
+            self.acknowledge(disk, extent);
+        }
+    }
+
+    fn acknowledge(&self, disk: u16, extent: Extent) {
+        // Whoever is not there any more says so in the events.
+        let _ = self.acks.send(Ack { disk, extents: vec![extent] });
+    }
 }
 
 /// What has come.
@@ -341,7 +358,7 @@ struct Received {
 
 /// Stores data until the session says that all was sent.
 async fn receive(
-    Inlet { events, acks, limit }: Inlet<'_>,
+    inlet: Inlet<'_>,
     writer: &Writer,
     begun: &Begun,
     compared: &[Compared],
@@ -354,34 +371,37 @@ async fn receive(
     let mut so_far = Progress { phase: Phase::Transfer, needed_bytes, received_bytes: 0 };
     progress(so_far);
     loop {
-        match next(events).await? {
+        match next(inlet.events).await? {
             Event::Data { disk, offset_bytes, bytes } => {
                 let len = bytes.len() as u64;
                 let extent = Extent { offset_bytes, len_bytes: len };
                 replay.before(writer, disk, extent, &mut count).await?;
                 writer.put(DiskHandle(known(disk, &count.received)?), offset_bytes, bytes).await?;
                 // Who waits takes no more, and the line is filled no further.
-                if let Some(limit) = &limit {
+                if let Some(limit) = &inlet.limit {
                     limit.pass(len).await;
                 }
                 wire_bytes += len;
                 count.data(disk, extent);
+                inlet.arrived(disk, extent);
             }
             Event::Packed { disk, offset_bytes, packed } => {
                 let extent = Extent { offset_bytes, len_bytes: packed.raw_len().into() };
                 let came = packed.bytes().len() as u64;
                 replay.before(writer, disk, extent, &mut count).await?;
                 writer.put_packed(DiskHandle(known(disk, &count.received)?), offset_bytes, packed).await?;
-                if let Some(limit) = &limit {
+                if let Some(limit) = &inlet.limit {
                     limit.pass(came).await;
                 }
                 wire_bytes += came;
                 count.data(disk, extent);
+                inlet.arrived(disk, extent);
             }
             Event::Zero { disk, extent } => {
                 replay.before(writer, disk, extent, &mut count).await?;
                 writer.zero(DiskHandle(known(disk, &count.received)?), extent).await?;
                 count.zero(disk, extent);
+                inlet.arrived(disk, extent);
             }
             Event::Same { disk, extent } => {
                 let index = usize::from(known(disk, &count.received)?);
@@ -392,8 +412,7 @@ async fn receive(
                 replay.before(writer, disk, extent, &mut count).await?;
                 count.same(disk, extent);
                 writer.log_same(DiskHandle(disk), extent, replay.chunk_bytes())?;
-                // Whoever is not there any more says so in the events.
-                let _ = acks.send(Ack { disk, extents: vec![extent] });
+                inlet.acknowledge(disk, extent);
             }
             Event::Sent => {
                 replay.rest(writer, &mut count).await?;

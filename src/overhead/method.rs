@@ -17,7 +17,7 @@
 //! | `lvm` | an LVM snapshot |
 //!
 //! Who reads throws away what is read: what a client does with it takes other resources, elsewhere. livebackup's reader
-//! acknowledges every 64 MiB, as its client does with what a pack makes durable.
+//! acknowledges what has arrived, as its client does in one process.
 
 use std::fmt;
 use std::path::Path;

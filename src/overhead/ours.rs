@@ -17,8 +17,6 @@ use crate::units::MIB;
 use crate::vm::{Vm, VmOptions};
 use crate::wire::message::{Ack, Begin, Event, Session};
 
-/// A client acknowledges what a pack holds.
-const ACKNOWLEDGE_BYTES: u64 = 64 * MIB;
 /// Of the disk so much is dirty for an incremental.
 const DIRTY_SHARE: u64 = 16;
 /// How long the guest writes there before.
@@ -61,7 +59,7 @@ struct Drained {
 
 /// Reads a session to its end, or to the deadline.
 async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, OverheadError> {
-    let (mut drained, mut pending, mut pending_bytes) = (Drained::default(), vec![], 0);
+    let mut drained = Drained::default();
     while let Ok(event) = timeout_at(deadline.into(), session.events.recv()).await {
         let extent = match event {
             Some(Ok(Event::Data { offset_bytes, bytes, .. })) => Extent::new(offset_bytes, bytes.len() as u64),
@@ -77,13 +75,8 @@ async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, Over
             None => return Err(OverheadError::Panicked),
         };
         drained.bytes += extent.len_bytes;
-        pending_bytes += extent.len_bytes;
-        pending.push(extent);
-        if pending_bytes >= ACKNOWLEDGE_BYTES {
-            pending_bytes = 0;
-            // Who has ended takes no more.
-            let _ = session.acks.send(Ack { disk: 0, extents: std::mem::take(&mut pending) });
-        }
+        // As the client does in one process. Who has ended takes no more.
+        let _ = session.acks.send(Ack { disk: 0, extents: vec![extent] });
     }
     Ok(drained)
 }

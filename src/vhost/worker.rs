@@ -35,6 +35,7 @@ use super::pool::{Pool, Slot};
 use super::{CLOSE_TIMEOUT, TRANSPORT};
 use crate::block::SourceError;
 use crate::extent::Extent;
+use crate::units::MIB;
 
 /// Entries of the ring: as many as QEMU's export takes.
 pub(super) const RING_ENTRIES: usize = 1024;
@@ -42,6 +43,10 @@ pub(super) const RING_ENTRIES: usize = 1024;
 const ENTRIES_PER_REQUEST: usize = 3;
 /// Most requests in the ring.
 const MAX_REQUESTS: usize = RING_ENTRIES / ENTRIES_PER_REQUEST;
+/// Bytes that the ring takes in one batch: past this, no more are put in. The guest's requests wait for a batch in the same
+/// thread and the same processors. 16 MiB are read a tenth faster than 4 where nobody holds the reader up, and the guest then
+/// gets a fifth less done, with twice the latency.
+const BATCH_BYTES: u64 = 4 * MIB;
 /// Completions taken in one go.
 const REAP: usize = 64;
 
@@ -292,7 +297,9 @@ impl Worker {
         if self.in_ring > 0 {
             return;
         }
+        let mut bytes = 0;
         while self.in_ring < MAX_REQUESTS
+            && bytes < BATCH_BYTES
             && let Some(&at) = self.ready.front()
         {
             let Some(task) = &mut self.tasks[at] else {
@@ -316,6 +323,7 @@ impl Worker {
                     // The slot is as long as the sectors of the command, so the piece lies within it.
                     let buffer = slot.as_mut_ptr().wrapping_add(start as usize);
                     task.next = piece.end();
+                    bytes += piece.len_bytes;
                     self.queue.read(piece.offset_bytes, buffer, piece.len_bytes as usize, at, ReqFlags::empty());
                 }
                 Kind::Discard { .. } => {

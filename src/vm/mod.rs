@@ -39,6 +39,7 @@ mod carry;
 pub mod compare;
 mod descriptors;
 pub mod device;
+mod discards;
 pub mod doctor;
 mod estimate;
 pub mod evidence;

@@ -16,12 +16,13 @@
 //! again was not discarded, and will not be before the client has it.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use super::Vm;
 use super::compare::Expected;
+use super::discards::Discards;
 use super::transfer::{self, ReadyDisk, left};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
@@ -32,6 +33,9 @@ use crate::wire::resume::{Line, Word};
 const EVENTS_WAITING: usize = 4;
 /// Batches of digests that wait for the reader: with the one that it looks at, 2.5 GiB of a disk in chunks of 128 KiB.
 const DIGESTS_WAITING: usize = 4;
+
+/// How long what is acknowledged waits for its neighbours.
+const NEIGHBOURS_WITHIN: Duration = Duration::from_millis(50);
 
 /// What comes from the client, and from who holds the session for it, if somebody does.
 pub type FromClient = (mpsc::UnboundedReceiver<Ack>, Option<mpsc::UnboundedReceiver<Word>>);
@@ -65,8 +69,7 @@ pub type Heard = (Word, Vec<Bitmap>);
 ///
 /// Who speaks is heard between two discards: a large disk's zeroes are many, and the last word must not wait for them.
 pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sending: mpsc::Sender<Heard>) {
-    let mut acknowledged: Vec<_> = disks.iter().map(|d| Bitmap::new(d.needed.size_bytes())).collect();
-    let mut to_discard: VecDeque<(&ReadyDisk, Extent)> = VecDeque::new();
+    let mut discards = Discards::new(disks.iter().map(|disk| &disk.needed).collect());
     // Dropped with the last word.
     let mut words = words.map(|words| (words, to_sending));
     let mut acknowledges = true;
@@ -75,30 +78,26 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
             biased;
             ack = acks.recv(), if acknowledges => {
                 match ack {
-                    Some(ack) => {
-                        let index = usize::from(ack.disk);
-                        if let Some((disk, done)) = disks.get(index).zip(acknowledged.get_mut(index)) {
-                            let new = disk.acknowledge(&ack.extents, done);
-                            to_discard.extend(new.into_iter().map(|extent| (disk, extent)));
-                        }
-                    }
+                    Some(ack) => discards.acknowledge(ack.disk.into(), &ack.extents),
                     None => acknowledges = false,
                 }
                 continue;
             }
             word = next(&mut words) => word,
-            () = std::future::ready(()), if !to_discard.is_empty() => {
-                if let Some((disk, extent)) = to_discard.pop_front()
-                    && let Some(rest) = disk.discard_some(extent).await
-                {
-                    to_discard.push_front((disk, rest));
+            () = std::future::ready(()), if discards.is_ready() => {
+                if let Some((disk, extent)) = discards.next() {
+                    disks[disk].discard(extent).await;
                 }
+                continue;
+            }
+            () = tokio::time::sleep(NEIGHBOURS_WITHIN), if discards.is_open() => {
+                discards.close();
                 continue;
             }
         };
         match (word, &words) {
             (Some(word), Some((_, to_sending))) => {
-                let _ = to_sending.send((word, acknowledged.clone())).await;
+                let _ = to_sending.send((word, discards.acknowledged().to_vec())).await;
             }
             _ => words = None,
         }

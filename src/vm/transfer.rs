@@ -96,7 +96,7 @@ impl ReadyDisk {
     }
 
     /// Lets the fleece forget these bytes, as far as they are whole granules.
-    async fn discard(&self, extent: Extent) {
+    pub async fn discard(&self, extent: Extent) {
         let Some(granules) = self.granules(extent).filter(|_| self.discards) else { return };
         for piece in granules.split_at_multiples(MAX_DISCARD_BYTES) {
             if let Err(error) = self.source.block().discard(piece).await {
@@ -328,27 +328,6 @@ fn broken(disk: &str, error: &SourceError) -> Failure {
 /// The client went away.
 pub fn left() -> Failure {
     Failure::new(FailureCode::Disconnected, "the client left before it had everything")
-}
-
-impl ReadyDisk {
-    /// Notes what is acknowledged. Gives what of it is to be discarded now.
-    pub fn acknowledge(&self, extents: &[Extent], acknowledged: &mut Bitmap) -> Vec<Extent> {
-        let mut new = vec![];
-        for extent in extents.iter().filter(|e| e.fits(self.needed.size_bytes())) {
-            if !acknowledged.intersects(*extent) {
-                acknowledged.set(*extent);
-                new.push(*extent);
-            }
-        }
-        new
-    }
-
-    /// Discards the beginning of an extent, as whole granules. Gives the rest.
-    pub async fn discard_some(&self, extent: Extent) -> Option<Extent> {
-        let first = extent.split_at_multiples(MAX_DISCARD_BYTES).next()?;
-        self.discard(first).await;
-        (first.end() < extent.end()).then(|| Extent::between(first.end(), extent.end()))
-    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@
 //! need it.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -43,6 +43,12 @@ const EXPORT_GOES_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long the event that tells of it is waited for before QEMU is asked.
 const EXPORT_IS_TOLD_WITHIN: Duration = Duration::from_millis(50);
+
+/// A flush that takes less needs no other after it.
+const SHORT_SYNC: Duration = Duration::from_millis(10);
+
+/// Flushes one after the other, at most.
+const MAX_SYNCS: u32 = 6;
 
 /// How long flushing images from outside may take. What is left of it QEMU does.
 const SYNCS_WITHIN: Duration = Duration::from_secs(10);
@@ -465,12 +471,21 @@ fn image_of(nodes: &Value, node: &str) -> Option<PathBuf> {
 }
 
 /// `fdatasync` of files that QEMU has open, as far as they are files of this host. On storage that hangs it goes on without.
+///
+/// What the guest writes meanwhile is left for the flush that follows, in which it may have to wait. So it is done again as
+/// long as it took long and takes less each time.
 pub async fn sync_files(paths: Vec<PathBuf>) {
     let sync = move || {
-        for path in paths {
-            if let Ok(file) = std::fs::File::open(&path) {
-                let _ = file.sync_data();
+        let files: Vec<_> = paths.iter().filter_map(|path| std::fs::File::open(path).ok()).collect();
+        let mut last = Duration::MAX;
+        for _ in 0..MAX_SYNCS {
+            let began = Instant::now();
+            files.iter().for_each(|file| drop(file.sync_data()));
+            let took = began.elapsed();
+            if took < SHORT_SYNC || took > last / 2 {
+                break;
             }
+            last = took;
         }
     };
     if tokio::time::timeout(SYNCS_WITHIN, tokio::task::spawn_blocking(sync)).await.is_err() {
