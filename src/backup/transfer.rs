@@ -337,6 +337,7 @@ impl Inlet<'_> {
     fn arrived(&self, disk: u16, extent: Extent) {
         if self.at_once {
             self.acknowledge(disk, extent);
+            fault::point("backup.arrived");
         }
     }
 
