@@ -6,7 +6,7 @@ measured and how.
 
 LIVEBACKUP names the program, QEMU the emulator, LIVEBACKUP_BENCH_MIB the data (default 3072; the bars are meant for that),
 TMPDIR where everything is put. No bar fails the run."""
-import argparse, json, os, platform, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+import argparse, json, mmap, os, platform, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 sys.dont_write_bytecode = True  # nothing is left beside the sources
 import domain
 from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, evict, flush, make, peak_mib, processor_seconds, stored_mib
@@ -124,6 +124,27 @@ def copy_exports(b, machine, what, payload, argv):
     b.record(what, payload, lambda: (b.command(*[[*argv, e, f] for e, f in zip(exports, files)], machine=machine), files))
     machine.nbd(None)
     unlink(files)
+
+def map_disks(b, what, payload, commands, uris):
+    """All of what these servers export, read by nbdcopy, one disk after the other, and thrown away."""
+    if not b.wants(what):
+        return
+    servers = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for argv in commands]
+    try:
+        for uri in uris:
+            for _ in range(400):
+                if subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode == 0:
+                    break
+                time.sleep(0.05)
+        before = sum(processor_seconds(p.pid) for p in servers)
+        def run():
+            cost = b.command(*[["nbdcopy", uri, "null:"] for uri in uris])
+            return {**cost, "server": sum(processor_seconds(p.pid) for p in servers) - before, "server_rss": max(peak_mib(p.pid) for p in servers)}, []
+        b.record(what, payload, run)
+    finally:
+        for p in servers:
+            p.terminate()
+            p.wait()
 
 def deduplicators(b, machine, payload):
     """restic and borg, fed with the disks by nbdcopy: all of them, and again with nothing changed. livebackup's scan of the
@@ -293,6 +314,17 @@ def one_run(b, run, small, big, dom, extents):
         way()
     evict(full)
     b.record("verify", payload, lambda: (b.command([PROGRAM, "verify", full]), []))
+    def map_ours():
+        evict(full)
+        if os.path.isdir(full):
+            map_disks(b, "map, livebackup, nbdcopy", payload, [[PROGRAM, "map", full, "bench@latest", "--socket", f"{w}/map"]], [f"nbd+unix:///{d}?socket={w}/map" for d, _, _ in small.disks])
+    def map_images():
+        evict(*references)
+        sockets = [f"{w}/map-{d}" for d, _, _ in small.disks]
+        servers = [["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", "-k", socket, r] for socket, r in zip(sockets, references)]
+        map_disks(b, "map, qemu-nbd of qcow2, nbdcopy", payload, servers, [f"nbd+unix:///?socket={socket}" for socket in sockets])
+    for way in [map_ours, map_images][::1 if run % 2 == 0 else -1]:
+        way()
 
     # Incrementals: everything sees the same writes. The repositories get their parents in the first run.
     repos = {(m.name, tcp): f"{w}/{m.name}-{'tcp' if tcp else 'here'}" for m in (small, big) for tcp in (False, True)}
@@ -397,11 +429,31 @@ def bars(results, zstd_mib):
         bar(f"peak RSS of any {who}, MiB ({peak[1]})", peak[0] or None, 200, form="{:.0f}")
     return out
 
+def disk_text(work):
+    """What the storage below the work directory does, past the page cache: what bars in seconds depend on."""
+    path, block, n = f"{work}/probe", mmap.mmap(-1, MIB), 512
+    block.write(os.urandom(MIB))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    rates = []
+    for call in (os.writev, os.readv):
+        os.lseek(fd, 0, os.SEEK_SET)
+        start = time.monotonic()
+        for _ in range(n):
+            call(fd, [block])
+        if call is os.writev:
+            os.fsync(fd)
+        rates.append(n / (time.monotonic() - start))
+    os.close(fd)
+    os.unlink(path)
+    return f"{rates[0]:.0f} MiB/s written and flushed, {rates[1]:.0f} MiB/s read (1 MiB at a time, past the page cache)"
+
 def machine_text():
+    flags = next((l.split(":")[1].split() for l in open("/proc/cpuinfo") if l.startswith("flags")), [])
+    vectors = "with AVX-512" if "avx512f" in flags else "with AVX2" if "avx2" in flags else "without AVX2"
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
     memory = next(int(l.split()[1]) // MIB for l in open("/proc/meminfo") if l.startswith("MemTotal"))
     version = subprocess.run([QEMU, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return f"{os.cpu_count()} cores ({cpu}), {memory} GiB memory, Linux {platform.release()}, {version}"
+    return f"{os.cpu_count()} cores ({cpu}, {vectors}), {memory} GiB memory, Linux {platform.release()}, {version}"
 
 def torture():
     """The longest run of the torture test, as its own file says."""
@@ -415,6 +467,7 @@ def write_report(bench, args, zstd_mib, load, began):
     lines = [f"Date: {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(began))}; {args.runs} runs in turn, medians; {DATA} MiB of data, {SCATTERED} MiB scattered.",
              f"Machine: {machine_text()}.", f"Load average before: {load[0]:.2f}, after: {os.getloadavg()[0]:.2f}; "
              f"other programs took {statistics.median([c['others'] for cs in results.values() for c in cs] or [0]):.2f} of {os.cpu_count()} cores (median).",
+             f"Storage: {bench.storage}.",
              f"zstd -1 of all data in one stream: {'not measured (no zstd program)' if zstd_mib is None else f'{zstd_mib:.0f} MiB'}."]
     met = bars(results, zstd_mib)
     words = {True: "met    ", False: "NOT MET", None: "-      "}
@@ -448,6 +501,7 @@ def main():
             sys.exit(f"these Debian packages are missing: {', '.join(domain.missing())}; tests/setup.sh --bench installs them")
         if shutil.disk_usage(work).free < DATA * 12 * MIB:
             sys.exit(f"{work} needs {DATA * 12 // 1024} GiB of room; TMPDIR names another place")
+        bench.storage = disk_text(work)
         print(f"making {DATA} MiB of data twice in {work}", flush=True)
         squeeze, sizes = Squeezed(), (DATA * 2 // 3, DATA - DATA * 2 // 3)
         extents = {"bench": {f"vd{i}": make(f"{work}/vd{i}.raw", 2 * n * MIB, n, i, squeeze) for i, n in enumerate(sizes)}}

@@ -151,6 +151,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
         "p99.9",
         "slowest",
         "took",
+        "guest lost",
         "ended",
         "others' CPUs",
     ] {
@@ -173,6 +174,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
             micros(p999),
             micros(m.during.max_us.most),
             format!("{:.2} s", m.took_s.median),
+            format!("{:.2} s", m.lost_s.median),
             format!("{} of {}", m.finished, summary.rounds),
             format!("{:.1}", m.others_cores.median),
         ] {

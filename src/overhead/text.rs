@@ -73,6 +73,7 @@ fn short_row(summary: &Summary, measured: &Measured) -> Vec<String> {
         times(measured.p99_times),
         micros(measured.during.max_us.most),
         format!("{:.2} s", measured.took_s.median),
+        format!("{:.2} s", measured.lost_s.median),
         format!("{} of {}", measured.finished, summary.rounds),
         format!("{:.1}", measured.others_cores.median),
         failed,
@@ -147,6 +148,7 @@ impl fmt::Display for Report {
                 "P99 DURING/IDLE",
                 "SLOWEST",
                 "BACKUP TOOK",
+                "GUEST LOST",
                 "ENDED",
                 "OTHERS' CPUS",
             ];
