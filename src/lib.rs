@@ -7,8 +7,8 @@
 //! │   │                                        │   TCP            │   hash → dedup → compress       │
 //! │ QEMU ── QMP ── monitor ┐                   │   wire protocol  │      ▼                          │
 //! │   └─ vhost-user-blk, NBD ─► livebackup     ├─────────────────►│   repository (a directory)      │
-//! │      (snapshot-access node)   serve        │                  │      ▼            ▼             │
-//! │                 state: checkpoint log      │                  │   restore       verify          │
+//! │      (snapshot-access node)   serve        │   NBD            │      ▼         ▼        ▼       │
+//! │                 state: checkpoint log      │◄─────────────────┤   restore     map     verify    │
 //! │                 guardian (tiny process)    │                  │                                 │
 //! └───────────────────────────────────────────┘                  └─────────────────────────────────┘
 //! ```
@@ -30,7 +30,7 @@
 //!
 //! ```text
 //! cli
-//! backup overhead restore server
+//! backup map overhead restore server
 //! vm
 //! hooks
 //! checkpoint repo wire nbd vhost monitor agent
@@ -54,6 +54,7 @@ pub mod hooks;
 pub mod impact;
 pub mod limits;
 pub mod machine;
+pub mod map;
 pub mod monitor;
 pub mod nbd;
 pub mod overhead;

@@ -73,7 +73,7 @@ fn help_lists_the_exit_codes_and_the_commands_in_order() {
     for line in ["  0  all went well", "  5  an incremental was demanded", "130  interrupted"] {
         assert!(help.out.contains(line), "{line:?} is missing:\n{}", help.out);
     }
-    let commands = "init disks backup estimate points show verify restore serve run pki status doctor detach bench";
+    let commands = "init disks backup estimate points show verify restore map serve run pki status doctor detach bench";
     let mut at = 0;
     for command in commands.split(' ') {
         let found = help.out[at..].find(&format!("\n  {command} ")).unwrap_or_else(|| panic!("{command} is missing"));

@@ -146,4 +146,46 @@ fn any_bytes_are_survived() {
     run("replies", &[structured, simple, errors, long], |bytes| {
         fuzz::replies(bytes);
     });
+
+    let option = |number: u32, data: &[u8]| {
+        [b"IHAVEOPT", &number.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat()
+    };
+    let request = |flags: u16, command: u16, offset: u64, len: u32| {
+        let head = [&0x2560_9513_u32.to_be_bytes()[..], &flags.to_be_bytes(), &command.to_be_bytes(), &[7; 8]].concat();
+        [&head[..], &offset.to_be_bytes(), &len.to_be_bytes()].concat()
+    };
+    let size = fuzz::DISK_BYTES;
+    let requests = [
+        request(0, 0, 512, 1 << 20),
+        request(4, 0, size - 1, 1),
+        request(8, 7, 0, 1 << 30),
+        request(0, 3, 0, 0),
+        request(0, 5, 0, 65536),
+        [request(0, 1, 0, 100), vec![1; 100]].concat(),
+        request(0, 4, 0, 65536),
+        request(0, 0, size, 1),
+        request(0, 0, 0, (32 << 20) + 1),
+        request(0, 2, 0, 0),
+    ]
+    .concat();
+    let contexts = b"\0\0\0\x04disk\0\0\0\x02\0\0\0\x03x:y\0\0\0\x0fbase:allocation";
+    let whole = [
+        b"\0\0\0\x03".to_vec(),
+        option(99, b"unknown"),
+        option(3, b""),
+        option(8, b""),
+        option(10, contexts),
+        option(6, b"\0\0\0\x04disk\0\x02\0\x01\0\x02"),
+        option(7, b"\0\0\0\0\0\0"),
+        requests.clone(),
+    ]
+    .concat();
+    assert_eq!(fuzz::server(&whole), Some((10, 6)));
+    let old = [b"\0\0\0\x01".to_vec(), option(1, b"disk"), requests].concat();
+    // Without what was not agreed on: all in one chunk, and block status.
+    assert_eq!(fuzz::server(&old), Some((10, 4)));
+    let huge = [b"\0\0\0\x03IHAVEOPT\0\0\0\x0a\0\x01\0\0".to_vec(), vec![0; 100]].concat();
+    run("server", &[whole, old, huge], |bytes| {
+        fuzz::server(bytes);
+    });
 }

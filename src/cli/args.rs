@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::{
-    backup, bench, detach, disks, doctor, estimate, exit, guardian, init, pki, points, restore, run, serve, show,
+    backup, bench, detach, disks, doctor, estimate, exit, guardian, init, map, pki, points, restore, run, serve, show,
     status, verify,
 };
 use crate::area::Skip;
@@ -91,6 +91,8 @@ pub enum Command {
     Verify(verify::VerifyArgs),
     /// Restore the disks of a restore point
     Restore(restore::RestoreArgs),
+    /// Serve the disks of a restore point to NBD clients, read-only, without restoring them
+    Map(map::MapArgs),
     /// Serve VMs to backup clients
     Serve(serve::ServeArgs),
     /// Run a QEMU, with all its disks tracked from its start to its end

@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::backup::BackupError;
+use crate::map::MapError;
 use crate::pki::PkiError;
 use crate::repo::RepoError;
 use crate::restore::RestoreError;
@@ -144,6 +145,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<RestoreError>() {
         return of_restore(error);
     }
+    if let Some(error) = cause.downcast_ref::<MapError>() {
+        return of_map(error);
+    }
     if let Some(error) = cause.downcast_ref::<PkiError>() {
         return of_pki(error);
     }
@@ -191,6 +195,21 @@ fn of_restore(error: &RestoreError) -> Option<Code> {
         RestoreError::InUse { .. } => Some(Code::Busy),
         RestoreError::Unreadable { source, .. } | RestoreError::Repo(source) => of_repository(source),
         RestoreError::DeviceUndefined { source, .. } => of_restore(source),
+        _ => None,
+    }
+}
+
+fn of_map(error: &MapError) -> Option<Code> {
+    match error {
+        MapError::UnknownDisk { .. } | MapError::NoDisks { .. } => Some(Code::NotFound),
+        MapError::NamedTwice { .. } | MapError::NotLoopback { .. } | MapError::PathTooLong { .. } => Some(Code::Usage),
+        MapError::SocketInUse { .. } => Some(Code::Busy),
+        MapError::Tcp { source, .. } => match source.kind() {
+            io::ErrorKind::InvalidInput => Some(Code::Usage),
+            io::ErrorKind::AddrInUse => Some(Code::Busy),
+            _ => None,
+        },
+        MapError::Repo(source) => of_repository(source),
         _ => None,
     }
 }

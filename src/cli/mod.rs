@@ -20,6 +20,7 @@ mod held;
 mod host;
 mod init;
 mod logging;
+mod map;
 mod open;
 mod output;
 mod pki;
@@ -90,6 +91,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
             Command::Show(args) => show::run(&context, &args),
             Command::Verify(args) => verify::run(&context, &args).await,
             Command::Restore(args) => restore::run(&context, &args).await,
+            Command::Map(args) => map::run(&context, &args).await,
             Command::Serve(args) => serve::run(&context, &args).await,
             Command::Pki(args) => pki::run(&context, &args),
             Command::Status(args) => status::run(&context, &args).await,

@@ -1,8 +1,9 @@
 //! The decoders against any bytes: one function per fuzz target, also run by the tests.
 //!
-//! Neither needs a runtime: the stream is memory and never waits.
+//! None needs a runtime: the stream is memory and never waits.
 
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -10,10 +11,16 @@ use tokio::sync::oneshot;
 
 use super::negotiate::{Export, Wanted, list_exports, negotiate};
 use super::pool::Buffer;
+use super::proto::CMD_READ;
 use super::reader::{Ended, read_replies};
+use super::server::handshake::shake_hands;
+use super::server::request::{Asked, Terms, next_request};
+use super::server::{Disk, MAX_READ_BYTES, Offer, Piece, Run};
 use super::table::{Operation, Outcome, Part, Table, Work};
+use crate::block::BoxFuture;
+use crate::extent::Extent;
 
-/// A server that says these bytes and closes, and hears nothing.
+/// A peer that says these bytes and closes, and hears nothing.
 struct Said<'a>(&'a [u8]);
 
 impl AsyncRead for Said<'_> {
@@ -103,4 +110,56 @@ pub fn replies(server: &[u8]) -> (Option<Vec<u8>>, usize) {
         }
     }
     (data, answered)
+}
+
+/// Size of the disk that [`server`] offers.
+pub const DISK_BYTES: u64 = (1 << 30) + 512;
+
+/// A disk that nobody reads.
+struct Unread;
+
+impl Disk for Unread {
+    fn size_bytes(&self) -> u64 {
+        DISK_BYTES
+    }
+    fn preferred_bytes(&self) -> u32 {
+        128 << 10
+    }
+    fn read(&self, _: Extent) -> BoxFuture<'_, Vec<Piece>> {
+        Box::pin(std::future::ready(vec![]))
+    }
+    fn runs(&self, _: Extent, _: usize) -> BoxFuture<'_, Vec<Run>> {
+        Box::pin(std::future::ready(vec![]))
+    }
+    fn expect(&self, _: Extent) {}
+}
+
+/// A client's side of a whole session with a server of the disk `disk`: its handshake and its requests. How many of them
+/// were well formed, and how many of those would be done; nothing when it did not choose the disk.
+pub fn server(client: &[u8]) -> Option<(usize, usize)> {
+    let offers = [Offer { name: "disk".into(), description: "words".into(), disk: Arc::new(Unread) }];
+    let mut stream = Said(client);
+    let chosen = ready(shake_hands(&mut stream, &offers)).ok()??;
+    assert_eq!(chosen.offer, 0);
+    assert!(chosen.structured || !chosen.allocation);
+    let terms = Terms { size_bytes: DISK_BYTES, structured: chosen.structured, allocation: chosen.allocation };
+    let (mut heard, mut taken) = (0, 0);
+    while let Ok((request, asked)) = ready(next_request(&mut stream, &terms)) {
+        heard += 1;
+        taken += usize::from(!matches!(asked, Asked::Refuse(..)));
+        match asked {
+            Asked::Read { extent, whole } => {
+                assert!(request.command == CMD_READ && (terms.structured || !whole));
+                assert!((1..=u64::from(MAX_READ_BYTES)).contains(&extent.len_bytes) && extent.fits(DISK_BYTES));
+            }
+            Asked::Status { extent, .. } => {
+                assert!(terms.allocation && extent.len_bytes > 0 && extent.fits(DISK_BYTES));
+            }
+            Asked::Expect(extent) => assert!(extent.fits(DISK_BYTES)),
+            Asked::Refuse(errno, why) => assert!(errno != 0 && !why.is_empty()),
+            Asked::Disconnect => break,
+            Asked::Flush => {}
+        }
+    }
+    Some((heard, taken))
 }

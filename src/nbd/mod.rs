@@ -1,7 +1,7 @@
-//! NBD: our own client, for QEMU's built-in server and any other that speaks fixed newstyle.
+//! NBD: our own client, for QEMU's built-in server and any other that speaks fixed newstyle, and our own [server].
 //!
-//! What it is for: reading dirty bitmaps out of QEMU, setting bits in one, and reading disk data where vhost-user-blk
-//! cannot be used. "proto.md" in these files is `doc/proto.md` of the NBD project, the protocol's definition; the
+//! What the client is for: reading dirty bitmaps out of QEMU, setting bits in one, and reading disk data where
+//! vhost-user-blk cannot be used. What the server is for: any NBD client reads a disk that we have. "proto.md" in these files is `doc/proto.md` of the NBD project, the protocol's definition; the
 //! section is named where something comes from it.
 //!
 //! ```text
@@ -13,9 +13,10 @@
 //!  └─ table    what is on the wire (pure), coverage     └─ pool: buffers that come back
 //!  connect     a socket, and the handshake on it
 //!  negotiate   the handshake                             layout, proto: layouts, numbers and bounds (pure)
+//!  server      the other side, read-only: handshake, request, session, writer
 //! ```
 //!
-//! A session is in one of three states: *negotiating* (one exchange after another, under one time limit),
+//! A client's session is in one of three states: *negotiating* (one exchange after another, under one time limit),
 //! *transmitting* (requests and replies by cookie, in any order) and *ended* (with a reason; every request that waits
 //! gets it, every later one too). It never goes back. Dropping a caller's future leaves the request on the wire: its
 //! late reply is read, checked and thrown away. A crash of either side leaves nothing to clean here.
@@ -35,6 +36,7 @@ pub mod negotiate;
 pub mod pool;
 pub mod proto;
 mod reader;
+pub mod server;
 pub mod source;
 mod status;
 mod table;

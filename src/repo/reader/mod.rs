@@ -18,9 +18,10 @@ use crate::repo::lock::{self, Lock};
 use crate::repo::packfile::decode_blob;
 use crate::repo::tree::diff::diff;
 use crate::repo::tree::walk::{BrokenPart, Chunk, walk_range};
-use crate::repo::tree::{Image, NODE_BYTES, Node, NodeSource};
+use crate::repo::tree::{Image, Node, NodeSource};
 use crate::units::PackId;
 
+mod each;
 pub(crate) mod image;
 
 pub use image::{ReadOptions, Unreadable};
@@ -166,9 +167,7 @@ impl Reader {
 
 impl NodeSource for Reader {
     fn node(&self, digest: &Digest) -> Result<Node, RepoError> {
-        let mut bytes = [0; NODE_BYTES];
-        self.read_into(&mut Scratch::new()?, digest, &mut bytes)?;
-        Node::decode(&bytes).map_err(|e| RepoError::Refused(e.to_string()))
+        self.read_node(&mut Scratch::new()?, digest)
     }
 }
 
