@@ -129,7 +129,7 @@ def map_disks(b, what, payload, commands, uris):
     """All of what these servers export, read by nbdcopy, one disk after the other, and thrown away."""
     if not b.wants(what):
         return
-    servers = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for argv in commands]
+    servers = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for argv in commands]
     try:
         for uri in uris:
             for _ in range(400):

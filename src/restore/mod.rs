@@ -37,6 +37,9 @@ mod write;
 
 pub use error::RestoreError;
 
+/// Threads for each processor: each reads, decompresses and writes in turn, past the page cache, and so waits for storage for
+/// most of its time.
+const THREADS_PER_PROCESSOR: usize = 2;
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
@@ -82,7 +85,7 @@ pub struct RestoreOptions {
     pub force: bool,
     /// Read what was written back from the storage, and compare it.
     pub compare: bool,
-    /// Worker threads; 0 means one a processor.
+    /// Worker threads; 0 means two a processor.
     pub threads: usize,
 }
 
@@ -200,7 +203,7 @@ pub fn restore(
     let begun = Instant::now();
     let reader = repo.reader()?;
     let threads = match options.threads {
-        0 => thread::available_parallelism().map_or(2, usize::from),
+        0 => THREADS_PER_PROCESSOR * thread::available_parallelism().map_or(2, usize::from),
         threads => threads,
     };
     let done_bytes = AtomicU64::new(0);
