@@ -11,47 +11,19 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use livebackup::extent::Extent;
 use livebackup::nbd::{Address, Client, ConnectOptions, Wanted, connect};
-use livebackup::repo::{Compression, Image, ReadOptions, RepoError, Repository, WriterOptions};
+use livebackup::repo::{Compression, ReadOptions, RepoError};
 use livebackup::units::{KIB, MIB};
 
 #[allow(dead_code)]
 mod common;
-use common::fill;
+#[path = "common/point.rs"]
+mod point;
+use point::backup;
 
 const ROUNDS: usize = 3;
 const SMALL_READS: u64 = 4000;
-
-fn backup(dir: &Path, compression: Compression, mib: u64) -> (Repository, Image) {
-    let repo = Repository::init(dir, 128 * KIB as u32).expect("init");
-    let writer = repo.writer(WriterOptions { compression, ..WriterOptions::default() }).expect("writer");
-    let disk = writer.disk(mib * MIB, 128 * KIB as u32, None).expect("disk");
-    for i in 0..mib {
-        let mut piece = vec![0; MIB as usize];
-        fill(i + 1, &mut piece);
-        writer.put_blocking(disk, i * MIB, Bytes::from(piece)).expect("put");
-    }
-    let image: Image = writer.finish().expect("finish").disks[0].image;
-    let point = serde_json::json!({
-        "id": "00000000000000000000000000000001", "vm": "vm", "started": "2026-01-01T00:00:00Z",
-        "instant": "2026-01-01T00:00:00Z", "finished": "2026-01-01T00:00:00Z", "level": "full", "parent": null,
-        "grade": "crash", "left_out": [], "livebackup": "bench",
-        "machine": {"name": null, "uuid": null, "qemu_version": "10", "target": "x86_64", "machine_type": null,
-            "command_line": [], "boot_files": []},
-        "totals": {"size_bytes": 0, "read_bytes": 0, "stored_bytes": 0},
-        "disks": [{
-            "disk": {"name": "disk", "kind": "disk", "device": "virtio-blk-device", "qom_path": "/", "node": "n",
-                "size_bytes": image.size_bytes, "read_only": false, "iothread": false, "discard_unmap": true,
-                "chain": [], "shared": null},
-            "root": image.root, "size_bytes": image.size_bytes, "chunk_bytes": image.chunk_bytes,
-            "checkpoint": null, "epoch": null, "taken": "full", "reason": "bench", "read_bytes": 0, "stored_bytes": 0,
-        }],
-    });
-    repo.commit(&serde_json::from_value(point).expect("a manifest")).expect("commit");
-    (repo, image)
-}
 
 /// A server on a socket; ended when dropped.
 struct Served(Child);
@@ -112,8 +84,9 @@ fn main() {
     let base = args.next().map_or_else(std::env::temp_dir, Into::into);
     let dir = tempfile::tempdir_in(&base).expect("a directory");
     let path = |name: &str| dir.path().join(name);
-    let stored = [("raw", Compression::None), ("zstd", Compression::Zstd(1))]
-        .map(|(name, compression)| (name, backup(&path(name), compression, mib), path(&format!("{name}.sock"))));
+    let stored = [("raw", Compression::None), ("zstd", Compression::Zstd(1))].map(|(name, compression)| {
+        (name, backup(&path(name), compression, mib, mib * MIB), path(&format!("{name}.sock")))
+    });
     let maps = stored.each_ref().map(|(name, _, socket)| map(&path(name), socket));
     let (image, qemu_socket) = (path("qcow2"), path("qemu.sock"));
     run(
@@ -124,11 +97,11 @@ fn main() {
     let qemu = qemu_nbd(&image, &qemu_socket);
 
     let mut ways: Vec<(String, Box<dyn Fn() + '_>)> = vec![];
-    for (name, (repo, image), socket) in &stored {
-        let reader = repo.reader().expect("reader");
+    for (name, (repo, point), socket) in &stored {
+        let (reader, image) = (repo.reader().expect("reader"), point.disks[0].image);
         let read = move || {
             let into_nothing = |_: u64, _: &[u8]| Ok::<(), RepoError>(());
-            reader.read_image(*image, &ReadOptions::default(), into_nothing).expect("read");
+            reader.read_image(image, &ReadOptions::default(), into_nothing).expect("read");
         };
         ways.push((format!("reader, {name}"), Box::new(read)));
         ways.push((format!("map, {name}: nbdcopy"), Box::new(move || run("nbdcopy", &[&uri(socket), "null:"]))));

@@ -7,54 +7,27 @@
 //! is printed too. The sources (packs, qcow2) are in the page cache for all alike.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use bytes::Bytes;
-use livebackup::repo::{Compression, Image, Manifest, Repository, WriterOptions};
+use livebackup::repo::{Compression, Manifest, Repository};
 use livebackup::restore::{Format, RestoreOptions, restore};
-use livebackup::units::{KIB, MIB};
+use livebackup::units::MIB;
 use nix::sys::resource::UsageWho;
 
 mod common;
-use common::{fill, peak_mib};
+#[path = "common/point.rs"]
+mod point;
+use common::peak_mib;
+use point::backup;
 
 const ROUNDS: usize = 3;
 
 fn processor_seconds(who: UsageWho) -> f64 {
     let (ours, kernel) = common::processor_seconds(who);
     ours + kernel
-}
-
-fn backup(dir: &Path, compression: Compression, mib: u64) -> (Repository, Manifest) {
-    let repo = Repository::init(dir, 128 * KIB as u32).expect("init");
-    let options = WriterOptions { compression, ..WriterOptions::default() };
-    let writer = repo.writer(options).expect("writer");
-    let disk = writer.disk(mib * MIB * 3 / 2, 128 * KIB as u32, None).expect("disk");
-    for i in 0..mib {
-        let mut piece = vec![0; MIB as usize];
-        fill(i + 1, &mut piece);
-        writer.put_blocking(disk, i * MIB, Bytes::from(piece)).expect("put");
-    }
-    let image: Image = writer.finish().expect("finish").disks[0].image;
-    let point = serde_json::json!({
-        "id": "00000000000000000000000000000001", "vm": "vm", "started": "2026-01-01T00:00:00Z",
-        "instant": "2026-01-01T00:00:00Z", "finished": "2026-01-01T00:00:00Z", "level": "full", "parent": null,
-        "grade": "crash", "left_out": [], "livebackup": "bench",
-        "machine": {"name": null, "uuid": null, "qemu_version": "10", "target": "x86_64", "machine_type": null,
-            "command_line": [], "boot_files": []},
-        "totals": {"size_bytes": 0, "read_bytes": 0, "stored_bytes": 0},
-        "disks": [{
-            "disk": {"name": "disk", "kind": "disk", "device": "virtio-blk-device", "qom_path": "/", "node": "n",
-                "size_bytes": image.size_bytes, "read_only": false, "iothread": false, "discard_unmap": true,
-                "chain": [], "shared": null},
-            "root": image.root, "size_bytes": image.size_bytes, "chunk_bytes": image.chunk_bytes,
-            "checkpoint": null, "epoch": null, "taken": "full", "reason": "bench", "read_bytes": 0, "stored_bytes": 0,
-        }],
-    });
-    (repo, serde_json::from_value(point).expect("a manifest"))
 }
 
 struct Way<'a> {
@@ -76,8 +49,8 @@ fn main() {
     let base = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let dir = tempfile::tempdir_in(&base).expect("a directory");
     let path = |name: &str| dir.path().join(name);
-    let raw = backup(&path("raw"), Compression::None, mib);
-    let zstd = backup(&path("zstd"), Compression::Zstd(1), mib);
+    let raw = backup(&path("raw"), Compression::None, mib, mib * MIB * 3 / 2);
+    let zstd = backup(&path("zstd"), Compression::Zstd(1), mib, mib * MIB * 3 / 2);
     let (source, converted) = (path("source.qcow2"), path("converted.raw"));
 
     let restoring = |(repo, point): &(Repository, Manifest), format, compare| {
