@@ -19,7 +19,7 @@ use livebackup::repo::WriterOptions;
 use livebackup::units::MIB;
 use map_common::*;
 use nix::sys::signal::Signal::{SIGINT, SIGKILL, SIGTERM};
-use repo_common::{manifest, pattern, store};
+use repo_common::{manifest, noise, pattern, store};
 use restore_common::*;
 
 fn disks() -> Vec<(&'static str, Vec<u8>)> {

@@ -18,6 +18,7 @@ use livebackup::nbd::server::ServerOptions;
 use livebackup::units::MIB;
 use map_common::*;
 use nix::sys::signal::Signal::SIGTERM;
+use repo_common::noise;
 use restore_common::*;
 use tokio::sync::watch;
 

@@ -1,8 +1,9 @@
 //! NBD: our own client, for QEMU's built-in server and any other that speaks fixed newstyle, and our own [server].
 //!
 //! What the client is for: reading dirty bitmaps out of QEMU, setting bits in one, and reading disk data where
-//! vhost-user-blk cannot be used. What the server is for: any NBD client reads a disk that we have. "proto.md" in these files is `doc/proto.md` of the NBD project, the protocol's definition; the
-//! section is named where something comes from it.
+//! vhost-user-blk cannot be used. What the server is for: any NBD client reads a disk that we have. "proto.md" in these
+//! files is `doc/proto.md` of the NBD project, the protocol's definition; the section is named where something comes
+//! from it.
 //!
 //! ```text
 //!  source      BlockSource over 1..=8 connections: rules, budget, pool

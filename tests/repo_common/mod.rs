@@ -12,19 +12,30 @@ use livebackup::units::{MIB, PointId};
 /// Size of the disk of the stored example: its last chunk is short.
 pub const EXAMPLE_BYTES: usize = 5 * 65536 + 512;
 
-/// Bytes that repeat only with their seed; every other KiB is text, so that they compress by about half.
-pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+/// Bytes made of words, each of a number that comes again only with the seed, and of where the word begins.
+fn words(seed: u64, len: usize, word: impl Fn(u64, usize) -> u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut out = Vec::with_capacity(len + 8);
     while out.len() < len {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        let word = if out.len() / 1024 % 2 == 0 { state } else { 0x2020_6f6c_6c65_6820 + (state & 1) };
+        let word = word(state, out.len());
         out.extend_from_slice(&word.to_le_bytes());
     }
     out.truncate(len);
     out
+}
+
+/// Bytes that repeat only with their seed; every other KiB is text, so that they compress by about half.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let text = |number| 0x2020_6f6c_6c65_6820 + (number & 1);
+    words(seed, len, |number, at| if at / 1024 % 2 == 0 { number } else { text(number) })
+}
+
+/// Bytes that do not compress.
+pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+    words(seed, len, |number, _| number.wrapping_mul(0x2545_f491_4f6c_dd1d))
 }
 
 /// Stores a whole disk; with a base, only the chunks that differ from `base` are not put (none are known to here).
