@@ -50,6 +50,13 @@ fn keep_writing(qemu: &mut Qemu, stop: &AtomicBool) {
     }
 }
 
+/// How many writes of the guest have ended.
+fn ended_writes(qemu: &mut Qemu) -> u64 {
+    let all = qemu.qmp("query-blockstats", json!({}));
+    let device = all.as_array().unwrap().iter().find(|device| device["qdev"] == PATH).expect("vd0's figures");
+    device["stats"]["wr_operations"].as_u64().unwrap()
+}
+
 fn backup(qemu: &Qemu, options: &[&str]) -> std::process::Output {
     let (state, repo) = (qemu.path("state"), qemu.path("repo"));
     if !repo.exists() {
@@ -167,8 +174,9 @@ async fn failure_of(session: &mut Session) -> Option<Failure> {
 async fn gives_way_for_its_scratch(version: Version) {
     const DISK_MIB: u64 = 64;
     const CLUSTER: u64 = 64 << 10;
-    /// Writes in a second of the scratch's device; one cluster needs some, for the file system writes its own things too.
-    const SCRATCH: u32 = 40;
+    /// Writes in a second of the scratch's device. The guest's next write waits for the one before, so that each is slow
+    /// (how slow is up to what else the file system writes), and none so slow that QEMU gives the copy up.
+    const SCRATCH: u32 = 8;
     let mut qemu = start(version, DISK_MIB);
     let mut files = SlowFiles::new(600);
     let address = qemu.socket().to_str().unwrap().parse().unwrap();
@@ -182,13 +190,13 @@ async fn gives_way_for_its_scratch(version: Version) {
     let until = stop.clone();
     // From the end on, where nothing is read yet: a cluster each.
     let writing = tokio::task::spawn_blocking(move || {
+        let before = ended_writes(&mut qemu);
         let mut written = vec![];
         for cluster in (1..DISK_MIB * MIB / CLUSTER).rev().take_while(|_| !until.load(Ordering::Relaxed)) {
             qemu.qemu_io(PATH, &format!("aio_write -q -P {PATTERN} {} 4k", cluster * CLUSTER));
             written.push(cluster * CLUSTER);
-            std::thread::sleep(Duration::from_millis(100));
+            wait_until("the guest's write", || ended_writes(&mut qemu) == before + written.len() as u64);
         }
-        qemu.qemu_io(PATH, "aio_flush");
         (qemu, written)
     });
     let failure = failure_of(&mut session).await;

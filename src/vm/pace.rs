@@ -6,7 +6,7 @@
 //!
 //!    added > budget                  half the rate, down to 1 MiB/s
 //!    not, four times one after another    a quarter more; free again when reading is slower than that by itself
-//!    added > budget at 1 MiB/s for 12 looks    let go: what costs the guest is the copying, not the reading
+//!    added > budget at 1 MiB/s, 12 looks more than not    let go: what costs the guest is the copying, not the reading
 //! ```
 //!
 //! A look counts when 20 writes have ended, or after a second: p99 of a few writes is the slowest of them. Latencies are
@@ -36,7 +36,8 @@ const WATCH_BEFORE: Duration = Duration::from_secs(2);
 const LOWEST: u64 = MIB;
 /// Looks without harm before reading gets faster.
 const CALM_LOOKS: u32 = 4;
-/// Looks over the budget at the slowest reading before the fleece is let go.
+/// Looks over the budget at the slowest reading, less those that were not, before the fleece is let go. A calm moment does
+/// not make up for more than one: a guest whose writes are over the budget in most looks is over it.
 const HURT_LOOKS: u32 = 12;
 
 /// Decides the rate of reading. Pure.
@@ -65,11 +66,15 @@ impl Governor {
     fn look(&mut self, added_ns: u64, read_rate: u64) -> Step {
         if added_ns > self.budget_ns {
             self.calm = 0;
-            self.hurt = if self.rate == Some(LOWEST) { self.hurt + 1 } else { 0 };
+            if self.rate == Some(LOWEST) {
+                // A write that took seconds counts for the looks that saw nothing end.
+                self.hurt =
+                    self.hurt.saturating_add(1 + u32::try_from(added_ns / 1_000_000_000).unwrap_or(u32::MAX - 1));
+            }
             self.rate = Some((self.rate.unwrap_or(read_rate).min(read_rate.max(LOWEST)) / 2).max(LOWEST));
             return if self.hurt >= HURT_LOOKS { Step::LetGo } else { Step::Read };
         }
-        self.hurt = 0;
+        self.hurt = self.hurt.saturating_sub(1);
         self.calm += 1;
         if let (Some(rate), true) = (self.rate, self.calm >= CALM_LOOKS) {
             self.calm = 0;
@@ -247,6 +252,15 @@ mod tests {
         let steps: Vec<_> = (0..100).map(|_| governor.look(BUDGET_NS * 2, governor.rate.unwrap_or(64 * MIB))).collect();
         let ended = steps.iter().position(|step| *step == Step::LetGo);
         assert_eq!(ended, Some(6 + HURT_LOOKS as usize - 1), "64 MiB/s are halved six times to {LOWEST}");
+    }
+
+    #[test]
+    fn a_calm_look_now_and_then_does_not_keep_the_fleece() {
+        let mut governor = Governor::new(BUDGET_NS);
+        let looks = |hurt: usize| (0..300).map(move |look| if look % 3 < hurt { BUDGET_NS * 2 } else { 0 });
+        assert!(looks(2).any(|added| governor.look(added, LOWEST) == Step::LetGo), "two of three");
+        let mut governor = Governor::new(BUDGET_NS);
+        assert!(looks(1).all(|added| governor.look(added, LOWEST) == Step::Read), "one of three");
     }
 
     proptest! {
