@@ -23,7 +23,7 @@ qemu=
 if [ "${version:-0}" -lt 10 ] || ! command -v qemu-img >/dev/null; then qemu="qemu-system-x86 and qemu-utils from bookworm-backports"; fi
 missing=() others=()
 [ "${1:-}" != --bench ] || others=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients virtnbdbackup restic borgbackup zstd)
-for p in "${others[@]}" libnbd-bin nbdkit mmdebstrap cpio busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount fdisk shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
+for p in "${others[@]}" libnbd-bin nbdkit mmdebstrap cpio lvm2 busybox-static e2fsprogs gcc libc6-dev ovmf python3 mount fdisk shellcheck postgresql-client mariadb-client-core redis-tools; do installed "$p" || missing+=("$p"); done
 if [ -n "$qemu${missing[*]}" ] && [ "$(id -u)" != 0 ]; then
   echo "These Debian packages are missing: $qemu ${missing[*]}"
   echo "Install them by:  sudo $(realpath "$0") ${1:---packages}"

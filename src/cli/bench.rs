@@ -30,7 +30,8 @@ enum BenchCommand {
     ///
     /// Starts QEMUs without a guest system, writes to their disk as a guest would, without a pause, and makes backups
     /// meanwhile: livebackup's and those of QEMU's own means, in turn. Needs no VM and touches none; what it makes is in
-    /// a directory of its own inside of --dir and is removed at the end. By default it takes some 4 minutes and 2 GiB.
+    /// a directory of its own inside of --dir and is removed at the end; for the method lvm, which only root can have, that
+    /// is a volume group on a loop device. By default it takes some 4 minutes and 2 GiB (3 with lvm).
     WriteOverhead(WriteOverheadArgs),
 }
 

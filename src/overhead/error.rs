@@ -68,6 +68,14 @@ pub enum OverheadError {
         /// What is wrong.
         why: String,
     },
+    /// Another program did not do what it should.
+    #[error("{program} {why}")]
+    Tool {
+        /// With its arguments.
+        program: String,
+        /// What is wrong.
+        why: String,
+    },
     /// The guest's part.
     #[error(transparent)]
     Driver(#[from] DriverError),

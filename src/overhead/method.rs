@@ -14,7 +14,7 @@
 //! | `push` | QEMU's backup job with `sync=full` onto a raw file |
 //! | `push-slow` | the same onto a slow target: what Proxmox does without fleecing |
 //! | `overlay` | an external snapshot, a copy of the base, a commit back |
-//! | `lvm` | an LVM snapshot |
+//! | `lvm` | an LVM snapshot of the disk, which lies on a logical volume for it, and a reader of it |
 //!
 //! Who reads throws away what is read: what a client does with it takes other resources, elsewhere. livebackup's reader
 //! acknowledges what has arrived, as its client does in one process.
@@ -28,6 +28,7 @@ use super::OverheadOptions;
 use super::error::OverheadError;
 use super::load::Load;
 use super::rig::{Rig, WorkDir};
+use super::volume::{self, Volume};
 use super::{ours, theirs};
 use crate::units::GRANULE_BYTES;
 use crate::vm::Vm;
@@ -117,7 +118,7 @@ impl Method {
             Self::Push => "QEMU's backup job to a raw file",
             Self::PushSlow => "QEMU's backup job to a target of 20 MiB/s",
             Self::Overlay => "external overlay, copy of the base, commit",
-            Self::Lvm => "LVM snapshot",
+            Self::Lvm => "LVM snapshot of a logical volume, read, removed",
         }
     }
 
@@ -134,8 +135,7 @@ impl Method {
                 Some("name a directory on another file system with --other-dir".into())
             }
             Self::FleeceMemory if !Path::new(MEMORY_DIR).is_dir() => Some(format!("no {MEMORY_DIR}")),
-            Self::Lvm if !Path::new("/dev/mapper/control").exists() => Some("no device-mapper".into()),
-            Self::Lvm => Some("the disk would have to lie on a logical volume; not built yet".into()),
+            Self::Lvm => volume::lacks(),
             _ => None,
         }
     }
@@ -171,6 +171,8 @@ pub struct Bench<'a> {
     pub options: &'a OverheadOptions,
     /// Where livebackup's scratch goes.
     pub scratch: &'a Path,
+    /// What the disk lies on, where a method needs it.
+    pub volume: Option<&'a Volume>,
 }
 
 impl Bench<'_> {
@@ -225,6 +227,7 @@ impl Ready {
             (Method::Push, _) => theirs::push(bench, None).await,
             (Method::PushSlow, _) => theirs::push(bench, Some(theirs::SLOW_BYTES_PER_SECOND)).await,
             (Method::Overlay, _) => theirs::overlay(bench).await,
+            (Method::Lvm, _) => volume::backup(bench).await,
             _ => nothing(bench).await,
         }
     }

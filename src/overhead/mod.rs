@@ -35,6 +35,7 @@ pub mod report;
 pub mod rig;
 mod text;
 mod theirs;
+mod volume;
 
 use about::{About, Busy};
 use error::{OverheadError, path};
@@ -44,6 +45,7 @@ use method::{Bench, MEMORY_DIR, Method, Ready};
 use model::{BLOCK_BYTES, Model};
 use report::{Backup, Report, Run, Settings, summaries, targets};
 use rig::{Cache, Rig, RigOptions, WorkDir};
+use volume::Volume;
 
 use crate::limits::MAX_DISCARD_BYTES;
 use crate::units::{MIB, human_bytes};
@@ -276,7 +278,9 @@ fn check_space(options: &OverheadOptions) -> Result<(), OverheadError> {
     let free = about.blocks_available().saturating_mul(about.fragment_size());
     // livebackup's scratch leaves a twentieth of the file system alone, or 1 GiB.
     let reserve = (about.blocks().saturating_mul(about.fragment_size()) / 20).min(1024 * MIB);
-    let needed = options.size_bytes * 2 + reserve + 64 * MIB;
+    // A logical volume is a copy of the disk.
+    let copies = if options.methods.contains(&Method::Lvm) && volume::lacks().is_none() { 3 } else { 2 };
+    let needed = options.size_bytes * copies + reserve + 64 * MIB;
     match free < needed {
         true => Err(OverheadError::NoSpace {
             dir: options.dir.clone(),
@@ -348,7 +352,16 @@ async fn one(
     model: Model,
 ) -> Result<(Result<Run, OverheadError>, Model), OverheadError> {
     let (work, busy) = (&places.work, Busy::now());
-    let rig = Rig::start(work, &options.rig).await?;
+    let (image, size_bytes) = (work.path("disk.raw"), options.size_bytes);
+    let volume = match method {
+        Method::Lvm => match tokio::task::block_in_place(|| Volume::create(work, &image, size_bytes)) {
+            Ok(volume) => Some(volume),
+            Err(error) => return Ok((Err(error), model)),
+        },
+        _ => None,
+    };
+    let disk = volume.as_ref().map_or(image.clone(), Volume::disk);
+    let rig = Rig::start(work, &options.rig, &disk).await?;
     let scratch = places.scratch(method);
     let memory = rig.memory.try_clone().map_err(path("cannot share", "the machine's memory"))?;
     let guest = LoadOptions { socket: work.path("qtest"), memory, depth: options.depth, workload, seed };
@@ -359,7 +372,10 @@ async fn one(
         load.stay_below(options.half_bytes() / BLOCK_BYTES as u64);
     }
     let outcome = match &ready {
-        Ok(ready) => phases(options, &load, &rig, (work, &scratch), (method, ready)).await,
+        Ok(ready) => {
+            let bench = Bench { rig: &rig, work, load: &load, options, scratch: &scratch, volume: volume.as_ref() };
+            phases(&bench, method, ready).await
+        }
         Err(_) => Ok(None),
     };
     load.hold(false).await?;
@@ -394,6 +410,13 @@ async fn one(
         (Ok(loaded), Ok(None), Ok(_)) => (Err(OverheadError::Panicked), loaded.model),
     };
     rig.end().await?;
+    if let Some(volume) = volume {
+        tokio::task::block_in_place(|| {
+            let copied = volume.copy_back(&image, size_bytes);
+            drop(volume);
+            copied
+        })?;
+    }
     if let (Ok(run), _) = &mut result {
         // QEMU's time counts as ours now.
         run.others_cores = busy.others_since();
@@ -408,13 +431,8 @@ async fn one(
 type Phases = (Stretch, method::Outcome, Stretch);
 
 /// Before, during, after.
-async fn phases(
-    options: &OverheadOptions,
-    load: &Load,
-    rig: &Rig,
-    (work, scratch): (&WorkDir, &Path),
-    (method, ready): (Method, &Ready),
-) -> Result<Option<Phases>, OverheadError> {
+async fn phases(bench: &Bench<'_>, method: Method, ready: &Ready) -> Result<Option<Phases>, OverheadError> {
+    let Bench { load, options, .. } = *bench;
     tokio::time::sleep(WARMS_UP).await;
     let from_ns = load.now_ns();
     tokio::time::sleep(options.before()).await;
@@ -422,7 +440,7 @@ async fn phases(
     if load.is_over() {
         return Ok(None);
     }
-    let outcome = ready.run(method, &Bench { rig, work, load, options, scratch }).await?;
+    let outcome = ready.run(method, bench).await?;
     let from_ns = load.now_ns();
     tokio::time::sleep(options.after()).await;
     Ok(Some((before, outcome, Stretch { from_ns, to_ns: load.now_ns() })))

@@ -228,13 +228,15 @@ pub fn summaries(
 ) -> Vec<Summary> {
     let mut all = vec![];
     for workload in workloads {
+        // A logical volume is another disk.
+        let disk = |run: &Run| (run.round, run.method == Method::Lvm.name());
         let of_round = |run: &Run| {
-            let round = run.round;
-            Idle::of(runs.iter().filter(move |other| other.workload == workload.name() && other.round == round))
+            let key = disk(run);
+            Idle::of(runs.iter().filter(move |other| other.workload == workload.name() && disk(other) == key))
         };
-        let idles: BTreeMap<u32, Idle> =
-            runs.iter().filter(|run| run.workload == workload.name()).map(|run| (run.round, of_round(run))).collect();
-        let idle = |run: &Run| idles.get(&run.round).copied().unwrap_or(Idle { per_second: 0.0, p99_us: 0.0 });
+        let idles: BTreeMap<_, Idle> =
+            runs.iter().filter(|run| run.workload == workload.name()).map(|run| (disk(run), of_round(run))).collect();
+        let idle = |run: &Run| idles.get(&disk(run)).copied().unwrap_or(Idle { per_second: 0.0, p99_us: 0.0 });
         for method in methods {
             let own: Vec<_> =
                 runs.iter().filter(|r| r.workload == workload.name() && r.method == method.name()).collect();
@@ -332,6 +334,16 @@ pub(super) mod tests {
         assert!((fleece.p99_times.median - 1.1).abs() < 1e-9);
         assert!((fleece.lost_s.median - 0.45).abs() < 1e-9);
         assert_eq!((all[1].rounds, &all[1].measured, &all[1].not_measured), (0, &None, &Some(gap.2)));
+    }
+
+    #[test]
+    fn a_volume_is_held_against_itself() {
+        let mut slow = run("lvm", 1, 20.0);
+        slow.before.per_second = 40.0;
+        let methods = [Method::Fleece, Method::Lvm];
+        let all = summaries(&[Workload::Random], &methods, &[run("fleece", 1, 60.0), slow], &[]);
+        let shares = all.iter().map(|summary| summary.measured.unwrap().rate_share.median);
+        assert_eq!(shares.collect::<Vec<_>>(), [0.6, 0.5]);
     }
 
     #[test]

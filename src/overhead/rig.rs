@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -79,6 +80,11 @@ impl WorkDir {
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
+    }
+
+    /// Its own name, which no other run has.
+    pub fn name(&self) -> String {
+        self.0.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Removes what a method has made: a file or directory that may not be there.
@@ -162,8 +168,8 @@ impl Drop for Process {
 }
 
 impl Rig {
-    /// Starts QEMU on the image `disk.raw` of the directory, running.
-    pub async fn start(work: &WorkDir, options: &RigOptions) -> Result<Self, OverheadError> {
+    /// Starts QEMU on a raw image or a block device, running.
+    pub async fn start(work: &WorkDir, options: &RigOptions, disk: &Path) -> Result<Self, OverheadError> {
         let memory = memfd_create(c"livebackup-overhead", MFdFlags::MFD_CLOEXEC)
             .map_err(std::io::Error::from)
             .map_err(path("cannot make the memory of", "the machine"))?;
@@ -176,7 +182,7 @@ impl Rig {
             work.remove(socket);
         }
         let started = Instant::now();
-        let (process, status) = Process::start(command(work, options, &memory, log)?)?;
+        let (process, status) = Process::start(command(work, options, disk, &memory, log)?)?;
         let program = || options.qemu.display().to_string();
         let address = Address::Unix(work.path("own"));
         loop {
@@ -211,11 +217,16 @@ impl Rig {
     }
 }
 
-fn command(work: &WorkDir, options: &RigOptions, memory: &File, log: File) -> Result<Command, OverheadError> {
+fn command(
+    work: &WorkDir,
+    options: &RigOptions,
+    disk: &Path,
+    memory: &File,
+    log: File,
+) -> Result<Command, OverheadError> {
     let mut command = Command::new(&options.qemu);
-    let path_of = |name: &str| work.path(name).display().to_string();
     // A comma ends a value, two are one.
-    let escaped = |name: &str| path_of(name).replace(',', ",,");
+    let escaped = |path: &Path| path.display().to_string().replace(',', ",,");
     let mib = MEMORY_BYTES >> 20;
     let ram = format!(
         "memory-backend-file,id=ram,size={mib}M,share=on,mem-path=/proc/{}/fd/{}",
@@ -225,16 +236,18 @@ fn command(work: &WorkDir, options: &RigOptions, memory: &File, log: File) -> Re
     command.args(["-name", "overhead", "-nodefaults", "-display", "none", "-machine", "q35,memory-backend=ram"]);
     // No processor has anything to do; which accelerator does it does not matter.
     command.args(["-accel", "tcg", "-accel", "kvm", "-m", &mib.to_string(), "-object", &ram]);
-    command.args(["-bios", &path_of("bios")]);
+    command.args(["-bios", &work.path("bios").display().to_string()]);
     for (option, name) in [("-qmp", "qmp"), ("-qmp", "own"), ("-qtest", "qtest")] {
-        command.args([option, &format!("unix:{},server=on,wait=off", escaped(name))]);
+        command.args([option, &format!("unix:{},server=on,wait=off", escaped(&work.path(name)))]);
     }
     // For targets that are to be slow.
     command.args(["-object", "throttle-group,id=slow"]);
     let direct = if options.cache == Cache::None { "on" } else { "off" };
     let cache = format!("cache.direct={direct},cache.no-flush=off");
-    let image = escaped("disk.raw");
-    let file = format!("file.driver=file,file.filename={image},file.discard=unmap,file.cache.direct={direct}");
+    let is_device = std::fs::metadata(disk).is_ok_and(|about| about.file_type().is_block_device());
+    let driver = if is_device { "host_device" } else { "file" };
+    let image = escaped(disk);
+    let file = format!("file.driver={driver},file.filename={image},file.discard=unmap,file.cache.direct={direct}");
     command.args(["-blockdev", &format!("driver=raw,node-name={NODE},discard=unmap,{cache},{file}")]);
     command.args(["-device", &format!("virtio-blk-pci,id={DISK},drive={NODE},addr={SLOT},disable-legacy=on")]);
     let err = log.try_clone().map_err(path("cannot use", work.path("qemu.log")))?;

@@ -216,7 +216,7 @@ pub async fn overlay(bench: &Bench<'_>) -> Result<Outcome, OverheadError> {
     let deadline = bench.deadline();
     monitor.raw("blockdev-add", qcow2("overlay", &image, Value::Null)).await?;
     monitor.raw("blockdev-snapshot", json!({"node": NODE, "overlay": "overlay"})).await?;
-    let (read_bytes, copied) = copy_base(bench, deadline).await?;
+    let (read_bytes, copied) = copy_image(bench, &bench.work.path("disk.raw"), deadline).await?;
     let arguments = json!({"job-id": JOB, "device": "overlay", "base-node": NODE});
     let mut job = Job::start(monitor, "block-commit", arguments).await?;
     let ready = job.wait(&["BLOCK_JOB_READY"], deadline + bench.options.during()).await?.is_some();
@@ -239,11 +239,11 @@ pub async fn overlay(bench: &Bench<'_>) -> Result<Outcome, OverheadError> {
     Ok(Outcome { began_ns, ended_ns, finished: copied && ready, read_bytes, copied_bytes: None })
 }
 
-/// Reads the image below the overlay, as a program beside QEMU does.
-async fn copy_base(bench: &Bench<'_>, deadline: Instant) -> Result<(u64, bool), OverheadError> {
-    let image = bench.work.path("disk.raw");
+/// Reads an image or device as long as the disk, as a program beside QEMU does. Gives how much that was, and whether it was
+/// all.
+pub async fn copy_image(bench: &Bench<'_>, image: &Path, deadline: Instant) -> Result<(u64, bool), OverheadError> {
     let (size_bytes, rate, began) = (bench.options.size_bytes, bench.options.reader_rate, Instant::now());
-    let file = Arc::new(File::open(&image).map_err(path("cannot open", &image))?);
+    let file = Arc::new(File::open(image).map_err(path("cannot open", image))?);
     let mut read_bytes = 0;
     while read_bytes < size_bytes && Instant::now() < deadline {
         let (file, at) = (file.clone(), read_bytes);
@@ -255,7 +255,7 @@ async fn copy_base(bench: &Bench<'_>, deadline: Instant) -> Result<(u64, bool), 
             }
             Ok(())
         });
-        read.await.map_err(|_| OverheadError::Panicked)?.map_err(path("cannot read", &image))?;
+        read.await.map_err(|_| OverheadError::Panicked)?.map_err(path("cannot read", image))?;
         read_bytes += len;
         if timeout_at(deadline.into(), keep_pace(began, read_bytes, rate)).await.is_err() {
             break;

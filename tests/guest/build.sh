@@ -82,7 +82,7 @@ add_module() {
   for name in $(tr '\0' '\n' <"$file" | sed -n 's/^depends=//p' | tr ',-' ' _'); do add_module "$name"; done
   echo "$1" >>root/modules/order
 }
-for module in virtio_pci virtio_blk virtio_console virtio_scsi virtio_net sd_mod nvme ext4; do add_module "$module"; done
+for module in virtio_pci virtio_blk virtio_console virtio_scsi virtio_net sd_mod nvme ext4 loop dm_mod dm_snapshot; do add_module "$module"; done
 
 # The writer, for the guest and for the host.
 gcc -O2 -Wall -Wextra -Werror -static -pthread -o writer "$here/writer.c"
