@@ -6,8 +6,10 @@
 mod common;
 use common::*;
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use serde_json::Value;
 
@@ -63,6 +65,18 @@ impl Setting {
     fn suspects(&self) -> Vec<bool> {
         let points = self.json(&["points", &self.repo, "vm1"]);
         points["points"].as_array().unwrap().iter().map(|point| point.get("suspect").is_some()).collect()
+    }
+
+    /// What `map` says before it serves.
+    fn mapped(&self, point: &str) -> Value {
+        let mut command = livebackup();
+        command.args(["--json", "map", &self.repo, point, "--socket"]).arg(self.qemu.path("map"));
+        let mut map = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(map.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        map.kill().unwrap();
+        map.wait().unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
     }
 
     fn audit(&self) -> Value {
@@ -156,6 +170,13 @@ fn a_write_behind_qemus_back_is_found_scanned_and_told() {
         assert_eq!(points.matches("SUSPECT").count(), 2, "{points}");
         let shown = run(livebackup().args(["show", &setting.repo, "vm1@latest~1"]));
         assert!(shown.contains("SUSPECT: vd0:"), "{shown}");
+        for (point, suspect) in [("vm1@latest~1", true), ("vm1", false)] {
+            let dir = setting.qemu.path(&format!("suspect-{suspect}"));
+            let restored = setting.json(&["restore", &setting.repo, point, dir.to_str().unwrap()]);
+            for said in [restored, setting.mapped(point)] {
+                assert_eq!(said["suspect"].as_str().is_some_and(|words| words.starts_with("vd0:")), suspect, "{said}");
+            }
+        }
         let verified = setting.json(&["verify", &setting.repo]);
         assert_eq!((&verified["intact"], verified["suspect"].as_array().unwrap().len()), (&true.into(), 2));
         let status = setting.json(&["status", &setting.source]);

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use livebackup::machine::MediumFile;
-use livebackup::repo::point::PointFile;
+use livebackup::repo::point::{ChoiceError, PointFile};
 use livebackup::restore::{DiskTarget, Format, Progress, RestoreError, RestoreOptions, restore};
 use livebackup::units::MIB;
 use repo_common::{pattern, store};
@@ -140,7 +140,7 @@ fn what_cannot_be_is_refused_before_anything_is_written() {
     let error = stored.refused(&with(vec![target("A", None)])).to_string();
     assert!(error.contains("\"A\"") && error.contains("\"a\", \"b\""), "{error}");
     let error = stored.refused(&with(vec![target("a", None), target("a", Some("/nowhere/x".into()))]));
-    assert!(matches!(error, RestoreError::NamedTwice { .. }), "{error}");
+    assert!(matches!(error, RestoreError::Choice(ChoiceError::Twice { .. })), "{error}");
     let here = stored.dir.path().join("x");
     let error = stored.refused(&with(vec![target("a", Some(here.clone())), target("b", Some(here.clone()))]));
     assert!(matches!(error, RestoreError::SameTarget { .. }), "{error}");

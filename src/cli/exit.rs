@@ -7,6 +7,7 @@ use crate::backup::BackupError;
 use crate::map::MapError;
 use crate::pki::PkiError;
 use crate::repo::RepoError;
+use crate::repo::point::ChoiceError;
 use crate::restore::RestoreError;
 use crate::wire::message::{Failure, FailureCode};
 
@@ -182,6 +183,13 @@ fn of_repository(error: &RepoError) -> Option<Code> {
     }
 }
 
+fn of_choice(error: &ChoiceError) -> Option<Code> {
+    match error {
+        ChoiceError::Unknown { .. } => Some(Code::NotFound),
+        ChoiceError::Twice { .. } => Some(Code::Usage),
+    }
+}
+
 fn of_restore(error: &RestoreError) -> Option<Code> {
     if error.is_interrupted() {
         return Some(Code::Interrupted);
@@ -190,8 +198,8 @@ fn of_restore(error: &RestoreError) -> Option<Code> {
         return Some(Code::NoSpace);
     }
     match error {
-        RestoreError::UnknownDisk { .. } => Some(Code::NotFound),
-        RestoreError::NamedTwice { .. } | RestoreError::SameTarget { .. } => Some(Code::Usage),
+        RestoreError::Choice(error) => of_choice(error),
+        RestoreError::SameTarget { .. } => Some(Code::Usage),
         RestoreError::InUse { .. } => Some(Code::Busy),
         RestoreError::Unreadable { source, .. } | RestoreError::Repo(source) => of_repository(source),
         RestoreError::DeviceUndefined { source, .. } => of_restore(source),
@@ -201,8 +209,9 @@ fn of_restore(error: &RestoreError) -> Option<Code> {
 
 fn of_map(error: &MapError) -> Option<Code> {
     match error {
-        MapError::UnknownDisk { .. } | MapError::NoDisks { .. } => Some(Code::NotFound),
-        MapError::NamedTwice { .. } | MapError::NotLoopback { .. } | MapError::PathTooLong { .. } => Some(Code::Usage),
+        MapError::Choice(error) => of_choice(error),
+        MapError::NoDisks { .. } => Some(Code::NotFound),
+        MapError::NotLoopback { .. } | MapError::PathTooLong { .. } => Some(Code::Usage),
         MapError::SocketInUse { .. } => Some(Code::Busy),
         MapError::Tcp { source, .. } => match source.kind() {
             io::ErrorKind::InvalidInput => Some(Code::Usage),

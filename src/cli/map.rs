@@ -13,7 +13,7 @@ use super::exit::Code;
 use super::repository;
 use super::table::Table;
 use crate::area::Area;
-use crate::map::{At, Map, MapOptions, MapReport, Mapped};
+use crate::map::{At, Map, MapError, MapOptions, MapReport, Mapped};
 use crate::repo::Manifest;
 use crate::units::{PointId, human_bytes};
 
@@ -58,11 +58,14 @@ struct Serving {
     point: PointId,
     instant: Timestamp,
     exports: Vec<ExportLine>,
+    /// What of it may be older than the point.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suspect: Option<String>,
     example: String,
 }
 
 impl Serving {
-    fn new(manifest: &Manifest, disks: &[Mapped]) -> Self {
+    fn new(manifest: &Manifest, disks: &[Mapped], suspect: Option<String>) -> Self {
         let areas = |name: &str| {
             let disk = manifest.disks.iter().find(|disk| disk.disk.name == name);
             disk.map(|disk| disk.areas.areas.clone()).unwrap_or_default()
@@ -80,6 +83,7 @@ impl Serving {
             point: manifest.id,
             instant: manifest.instant,
             exports: disks.iter().map(line).collect(),
+            suspect,
             example,
         }
     }
@@ -95,6 +99,9 @@ impl fmt::Display for Serving {
         for export in &self.exports {
             let told = |area| writeln!(f, "{}: zero, as it was left out of the point: {area}", export.disk);
             export.left_out.iter().try_for_each(told)?;
+        }
+        if let Some(suspect) = &self.suspect {
+            writeln!(f, "SUSPECT: {suspect}")?;
         }
         writeln!(f, "for example: {}", self.example)?;
         let (point, instant) = (self.point.short(), self.instant);
@@ -156,7 +163,9 @@ pub async fn run(context: &Context, args: &MapArgs) -> anyhow::Result<Code> {
     };
     let options = MapOptions { disks: args.disk.clone(), at, ..MapOptions::default() };
     let map = Map::open(&repo, &manifest, &options).await?;
-    context.output.print(&Serving::new(&manifest, map.disks()));
+    let names: Vec<_> = map.disks().iter().map(|mapped| mapped.disk.as_str()).collect();
+    let suspect = repository::suspect(&repo, &manifest, &manifest.choose(&names).map_err(MapError::from)?)?;
+    context.output.print(&Serving::new(&manifest, map.disks(), suspect));
     let report = map.serve(context.interrupted.clone()).await;
     context.output.done(&Served::new(manifest.vm, manifest.id, &report));
     Ok(if report.totals.failed_reads == 0 { Code::Good } else { Code::Damaged })

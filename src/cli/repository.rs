@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::exit;
 use super::source;
+use crate::repo::point::PointDisk;
 use crate::repo::{Manifest, Repository};
 
 /// The directory that REPO names.
@@ -55,4 +56,15 @@ pub fn vm_and_point<'a>(repo: &Repository, text: &'a str) -> anyhow::Result<(&'a
 pub fn point(repo: &Repository, text: &str) -> anyhow::Result<Manifest> {
     let (vm, point) = vm_and_point(repo, text)?;
     Ok(repo.find_point(vm, point.unwrap_or("latest"))?)
+}
+
+/// What of these disks of a point is suspect, in words; said at once in the log, since what follows may take long.
+pub fn suspect(repo: &Repository, manifest: &Manifest, disks: &[&PointDisk]) -> anyhow::Result<Option<String>> {
+    let names: Vec<_> = disks.iter().map(|disk| disk.disk.name.as_str()).collect();
+    let suspect = repo.suspect_of(&manifest.vm, manifest.id, &names)?;
+    if let Some(words) = &suspect {
+        let (vm, point) = (&manifest.vm, manifest.id.short());
+        tracing::warn!("{vm}@{point} is suspect, some of its bytes may be older than it is: {words}");
+    }
+    Ok(suspect)
 }

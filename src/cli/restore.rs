@@ -14,7 +14,7 @@ use super::exit::Code;
 use super::progress::Meter;
 use super::repository;
 use crate::area::Area;
-use crate::restore::{self, DiskTarget, RestoreOptions, RestoreReport};
+use crate::restore::{self, DiskTarget, RestoreError, RestoreOptions, RestoreReport};
 use crate::units::{PointId, human_bytes};
 
 #[derive(Debug, Args)]
@@ -83,11 +83,19 @@ struct Restored {
     files: Vec<PathBuf>,
     definition: PathBuf,
     command: Option<PathBuf>,
+    /// What of it may be older than the point.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suspect: Option<String>,
     seconds: f64,
 }
 
 impl Restored {
-    fn new(vm: String, point: PointId, report: RestoreReport, mut areas: BTreeMap<String, Vec<Area>>) -> Self {
+    fn new(
+        (vm, point): (String, PointId),
+        report: RestoreReport,
+        mut areas: BTreeMap<String, Vec<Area>>,
+        suspect: Option<String>,
+    ) -> Self {
         let line = |disk: restore::RestoredDisk| RestoredLine {
             left_out: areas.remove(&disk.disk).unwrap_or_default(),
             disk: disk.disk,
@@ -104,6 +112,7 @@ impl Restored {
             files: report.files,
             definition: report.definition,
             command: report.command,
+            suspect,
             seconds: report.elapsed.as_secs_f64(),
         }
     }
@@ -124,6 +133,9 @@ impl fmt::Display for Restored {
         if let Some(command) = &self.command {
             writeln!(f, "its command line, with the restored disks: {}", command.display())?;
         }
+        if let Some(suspect) = &self.suspect {
+            writeln!(f, "SUSPECT: {suspect}")?;
+        }
         let bytes = human_bytes(self.disks.iter().map(|disk| disk.data_bytes).sum());
         let disks = super::backup::count(self.disks.len(), "disk");
         writeln!(f, "restored {}@{}: {disks}, {bytes} of data, {:.2} s", self.vm, self.point.short(), self.seconds)
@@ -141,6 +153,9 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
         ..RestoreOptions::new(&args.dir)
     };
     let (vm, point) = (manifest.vm.clone(), manifest.id);
+    let chosen: Vec<_> = options.disks.iter().map(|disk| disk.disk.as_str()).collect();
+    let chosen = manifest.choose(&chosen).map_err(RestoreError::from)?;
+    let suspect = repository::suspect(&repo, &manifest, &chosen)?;
     let areas = manifest.disks.iter().map(|disk| (disk.disk.name.clone(), disk.areas.areas.clone())).collect();
     let stop = Arc::new(AtomicBool::new(false));
     let mut meter = Meter::new(context.output);
@@ -159,6 +174,6 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
             work.await?
         }
     };
-    context.output.done(&Restored::new(vm, point, report?, areas));
+    context.output.done(&Restored::new((vm, point), report?, areas, suspect));
     Ok(Code::Good)
 }

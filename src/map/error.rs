@@ -4,28 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::repo::RepoError;
+use crate::repo::point::ChoiceError;
 
 /// An error of a map, before it serves.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// A disk was named that the point does not have.
-    #[error("the restore point {point} of {vm:?} has no disk {disk:?}; it has {known}")]
-    UnknownDisk {
-        /// The VM.
-        vm: String,
-        /// The point.
-        point: String,
-        /// What was named.
-        disk: String,
-        /// What there is.
-        known: String,
-    },
-    /// A disk was named twice.
-    #[error("the disk {disk:?} is named twice; name it once")]
-    NamedTwice {
-        /// Which.
-        disk: String,
-    },
+    /// No disks can be chosen.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
     /// There is nothing to serve.
     #[error("the restore point {point} of {vm:?} has no disks; choose another one with `livebackup points`")]
     NoDisks {

@@ -18,7 +18,6 @@
 //! * **Dropping** the future of [`Map::serve`] closes every connection and removes the socket. A kill leaves the socket's
 //!   file, which the next map at that path replaces. Nothing else is ever written.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,7 +89,11 @@ pub struct Map {
 impl Map {
     /// Opens the repository for reading (the shared lock is held as long as this lives) and listens. Needs a tokio runtime.
     pub async fn open(repo: &Repository, manifest: &Manifest, options: &MapOptions) -> Result<Self, MapError> {
-        let chosen = choose(manifest, &options.disks)?;
+        if manifest.disks.is_empty() {
+            return Err(MapError::NoDisks { vm: manifest.vm.clone(), point: manifest.id.short() });
+        }
+        let names: Vec<_> = options.disks.iter().map(String::as_str).collect();
+        let chosen = manifest.choose(&names)?;
         let reader = Arc::new(repo.reader()?);
         let workers = Arc::new(Workers::start(processors())?);
         let chunks = Chunks::new(reader.clone(), workers.clone());
@@ -126,27 +129,4 @@ impl Map {
         self.server.serve(&self.listening.listener, stop).await;
         MapReport { totals: self.server.totals(), elapsed: begun.elapsed() }
     }
-}
-
-/// The disks with these names; all when none is named.
-fn choose<'a>(manifest: &'a Manifest, names: &[String]) -> Result<Vec<&'a PointDisk>, MapError> {
-    let (vm, point) = (manifest.vm.clone(), manifest.id.short());
-    if manifest.disks.is_empty() {
-        return Err(MapError::NoDisks { vm, point });
-    }
-    if names.is_empty() {
-        return Ok(manifest.disks.iter().collect());
-    }
-    let mut seen = HashSet::new();
-    if let Some(twice) = names.iter().find(|name| !seen.insert(*name)) {
-        return Err(MapError::NamedTwice { disk: twice.clone() });
-    }
-    let find = |name: &String| {
-        manifest.disks.iter().find(|disk| disk.disk.name == *name).ok_or_else(|| {
-            let known: Vec<_> = manifest.disks.iter().map(|disk| format!("{:?}", disk.disk.name)).collect();
-            let (vm, point) = (vm.clone(), point.clone());
-            MapError::UnknownDisk { vm, point, disk: name.clone(), known: known.join(", ") }
-        })
-    };
-    names.iter().map(find).collect()
 }

@@ -2,6 +2,8 @@
 //!
 //! A point exists when its manifest does. Everything that it refers to is durable before.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -156,7 +158,49 @@ pub struct Manifest {
     pub livebackup: String,
 }
 
+/// Why disks cannot be chosen from a point.
+#[derive(Debug, thiserror::Error)]
+pub enum ChoiceError {
+    /// A disk was named that the point does not have.
+    #[error("the restore point {point} of {vm:?} has no disk {disk:?}; it has {known}")]
+    Unknown {
+        /// The VM.
+        vm: String,
+        /// The point.
+        point: String,
+        /// What was named.
+        disk: String,
+        /// What there is.
+        known: String,
+    },
+    /// A disk was named twice.
+    #[error("the disk {disk:?} is named twice; name it once")]
+    Twice {
+        /// Which.
+        disk: String,
+    },
+}
+
 impl Manifest {
+    /// The disks with these names, in that order; all when none is named.
+    pub fn choose(&self, names: &[&str]) -> Result<Vec<&PointDisk>, ChoiceError> {
+        if names.is_empty() {
+            return Ok(self.disks.iter().collect());
+        }
+        let mut seen = BTreeSet::new();
+        if let Some(twice) = names.iter().find(|name| !seen.insert(**name)) {
+            return Err(ChoiceError::Twice { disk: (*twice).to_owned() });
+        }
+        let find = |name: &&str| {
+            self.disks.iter().find(|disk| disk.disk.name == **name).ok_or_else(|| {
+                let known: Vec<_> = self.disks.iter().map(|disk| format!("{:?}", disk.disk.name)).collect();
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                ChoiceError::Unknown { vm: self.vm.clone(), point: self.id.short(), disk: (**name).to_owned(), known }
+            })
+        };
+        names.iter().map(find).collect()
+    }
+
     /// The file.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check()?;

@@ -6,29 +6,15 @@ use std::path::{Path, PathBuf};
 use crate::durable::DurableError;
 use crate::extent::Extent;
 use crate::repo::RepoError;
+use crate::repo::point::ChoiceError;
 use crate::units::human_bytes;
 
 /// An error of a restore. Unless it says otherwise, nothing was left behind and nothing that existed was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// A disk was named that the point does not have.
-    #[error("the restore point {point} of {vm:?} has no disk {disk:?}; it has {known}")]
-    UnknownDisk {
-        /// The VM.
-        vm: String,
-        /// The point.
-        point: String,
-        /// What was named.
-        disk: String,
-        /// What there is.
-        known: String,
-    },
-    /// A disk was named twice.
-    #[error("the disk {disk:?} is named twice; name it once")]
-    NamedTwice {
-        /// Which.
-        disk: String,
-    },
+    /// No disks can be chosen.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
     /// A name from the restore point cannot be a file's name.
     #[error("the {what} {name:?} of the restore point has a name that cannot safely be a file's name{}",
         if *what == "disk" { ": give it a target of its own (--disk DISK=TARGET)" } else { "" })]

@@ -182,22 +182,9 @@ fn wanted_disks<'a>(
     manifest: &'a Manifest,
     asked: &[DiskTarget],
 ) -> Result<Vec<(&'a PointDisk, Option<PathBuf>)>, RestoreError> {
-    if asked.is_empty() {
-        return Ok(manifest.disks.iter().map(|disk| (disk, None)).collect());
-    }
-    let mut wanted: Vec<(&PointDisk, Option<PathBuf>)> = Vec::new();
-    for DiskTarget { disk, target } in asked {
-        let found = manifest.disks.iter().find(|d| d.disk.name == *disk).ok_or_else(|| {
-            let known: Vec<_> = manifest.disks.iter().map(|d| format!("{:?}", d.disk.name)).collect();
-            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            RestoreError::UnknownDisk { vm: manifest.vm.clone(), point: manifest.id.short(), disk: disk.clone(), known }
-        })?;
-        if wanted.iter().any(|(other, _)| other.disk.name == *disk) {
-            return Err(RestoreError::NamedTwice { disk: disk.clone() });
-        }
-        wanted.push((found, target.clone()));
-    }
-    Ok(wanted)
+    let names: Vec<_> = asked.iter().map(|asked| asked.disk.as_str()).collect();
+    let targets = asked.iter().map(|asked| asked.target.clone()).chain(std::iter::repeat(None));
+    Ok(manifest.choose(&names)?.into_iter().zip(targets).collect())
 }
 
 fn disk_paths(
