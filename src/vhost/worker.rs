@@ -334,6 +334,9 @@ impl Worker {
             }
             task.in_ring += 1;
             self.in_ring += 1;
+            if task.next >= end {
+                self.ready.pop_front();
+            }
         }
     }
 

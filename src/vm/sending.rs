@@ -19,6 +19,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::Vm;
 use super::compare::Expected;
@@ -34,7 +35,7 @@ const EVENTS_WAITING: usize = 4;
 /// Batches of digests that wait for the reader: with the one that it looks at, 2.5 GiB of a disk in chunks of 128 KiB.
 const DIGESTS_WAITING: usize = 4;
 
-/// How long what is acknowledged waits for its neighbours.
+/// How long what is acknowledged waits for its neighbours, however many come.
 const NEIGHBOURS_WITHIN: Duration = Duration::from_millis(50);
 
 /// What comes from the client, and from who holds the session for it, if somebody does.
@@ -73,6 +74,8 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
     // Dropped with the last word.
     let mut words = words.map(|words| (words, to_sending));
     let mut acknowledges = true;
+    // When what is open waits no longer.
+    let mut close_at: Option<Instant> = None;
     loop {
         let word = tokio::select! {
             biased;
@@ -80,6 +83,9 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                 match ack {
                     Some(ack) => discards.acknowledge(ack.disk.into(), &ack.extents),
                     None => acknowledges = false,
+                }
+                if discards.is_open() {
+                    close_at.get_or_insert_with(|| Instant::now() + NEIGHBOURS_WITHIN);
                 }
                 continue;
             }
@@ -90,8 +96,9 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                 }
                 continue;
             }
-            () = tokio::time::sleep(NEIGHBOURS_WITHIN), if discards.is_open() => {
+            () = closing(close_at) => {
                 discards.close();
+                close_at = None;
                 continue;
             }
         };
@@ -101,6 +108,13 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
             }
             _ => words = None,
         }
+    }
+}
+
+async fn closing(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 
