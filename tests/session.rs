@@ -147,13 +147,16 @@ async fn another_programs_nbd_server_is_left_alone_and_not_needed() {
 async fn our_nbd_server_stays_while_another_program_uses_it_and_serves_us_again() {
     let (device, path) = VIRTIO;
     for version in VERSIONS {
-        let case = Case { version, transport: Transport::Nbd, device, path, size: MIB };
+        let case = Case { version, transport: Transport::Nbd, device, path, size: 4 * MIB };
         let mut qemu = start(&case);
         qemu.qmp("blockdev-add", json!({"driver": "null-co", "node-name": "theirs"}));
         let start = json!({"addr": {"type": "unix", "data": {"path": qemu.path("theirs.sock")}}});
         let vm = attach(&qemu, case.transport).await;
         for round in 0..4 {
-            qemu.qemu_io(path, &format!("write -P {} 0 64k", round + 1));
+            // More pieces than wait for a client: the session is not over before this one takes them.
+            for at in (0..case.size).step_by(256 << 10) {
+                qemu.qemu_io(path, &format!("write -P {} {at} 64k", round + 1));
+            }
             let session = vm.begin(begin(None)).await.unwrap();
             match round {
                 0 => drop(qemu.qmp("block-export-add", json!({"type": "nbd", "id": "theirs", "node-name": "theirs"}))),

@@ -164,7 +164,7 @@ pub async fn run(context: &Context, args: &MapArgs) -> anyhow::Result<Code> {
     let options = MapOptions { disks: args.disk.clone(), at, ..MapOptions::default() };
     let map = Map::open(&repo, &manifest, &options).await?;
     let names: Vec<_> = map.disks().iter().map(|mapped| mapped.disk.as_str()).collect();
-    let suspect = repository::suspect(&repo, &manifest, &manifest.choose(&names).map_err(MapError::from)?)?;
+    let suspect = repository::suspect(&repo, &manifest, &manifest.choose(&names).map_err(MapError::from)?);
     context.output.print(&Serving::new(&manifest, map.disks(), suspect));
     let report = map.serve(context.interrupted.clone()).await;
     context.output.done(&Served::new(manifest.vm, manifest.id, &report));

@@ -58,13 +58,18 @@ pub fn point(repo: &Repository, text: &str) -> anyhow::Result<Manifest> {
     Ok(repo.find_point(vm, point.unwrap_or("latest"))?)
 }
 
-/// What of these disks of a point is suspect, in words; said at once in the log, since what follows may take long.
-pub fn suspect(repo: &Repository, manifest: &Manifest, disks: &[&PointDisk]) -> anyhow::Result<Option<String>> {
+/// What of these disks of a point is suspect, in words; said at once, since what follows may take long, and even when quiet.
+/// That it cannot be told keeps nobody from his data.
+pub fn suspect(repo: &Repository, manifest: &Manifest, disks: &[&PointDisk]) -> Option<String> {
     let names: Vec<_> = disks.iter().map(|disk| disk.disk.name.as_str()).collect();
-    let suspect = repo.suspect_of(&manifest.vm, manifest.id, &names)?;
-    if let Some(words) = &suspect {
-        let (vm, point) = (&manifest.vm, manifest.id.short());
-        tracing::warn!("{vm}@{point} is suspect, some of its bytes may be older than it is: {words}");
+    let (vm, point) = (&manifest.vm, manifest.id.short());
+    match repo.suspect_of(vm, manifest.id, &names) {
+        Ok(suspect) => suspect.inspect(|words| {
+            tracing::error!("{vm}@{point} is suspect, some of its bytes may be older than it is: {words}");
+        }),
+        Err(error) => {
+            tracing::warn!("whether {vm}@{point} is suspect cannot be told: {error}");
+            None
+        }
     }
-    Ok(suspect)
 }

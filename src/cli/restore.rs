@@ -155,7 +155,7 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
     let (vm, point) = (manifest.vm.clone(), manifest.id);
     let chosen: Vec<_> = options.disks.iter().map(|disk| disk.disk.as_str()).collect();
     let chosen = manifest.choose(&chosen).map_err(RestoreError::from)?;
-    let suspect = repository::suspect(&repo, &manifest, &chosen)?;
+    let suspect = repository::suspect(&repo, &manifest, &chosen);
     let areas = manifest.disks.iter().map(|disk| (disk.disk.name.clone(), disk.areas.areas.clone())).collect();
     let stop = Arc::new(AtomicBool::new(false));
     let mut meter = Meter::new(context.output);

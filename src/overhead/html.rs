@@ -126,7 +126,7 @@ fn bars(out: &mut String, measured: &[(&Summary, &Measured)]) {
         let (at, share) = (to + 6.0, m.rate_share.median);
         put(out, format_args!("<text class=\"ink\" x=\"{at:.1}\" y=\"{text:.1}\">{share:.2}</text>\n"));
     }
-    out.push_str("</svg>\n<figcaption>Operations a second during the backup, as a share of the idle ones: the median before all backups of a round; ");
+    out.push_str("</svg>\n<figcaption>Operations a second during the backup, as a share of the idle ones: the median before all backups of a round (of lvm: before it); ");
     out.push_str(
         "the thin line is from the least to the most of the rounds. Green is livebackup.</figcaption></figure>\n",
     );

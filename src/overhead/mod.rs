@@ -351,7 +351,7 @@ async fn one(
     (workload, method, round, seed): (Workload, Method, u32, u64),
     model: Model,
 ) -> Result<(Result<Run, OverheadError>, Model), OverheadError> {
-    let (work, busy) = (&places.work, Busy::now());
+    let work = &places.work;
     let (image, size_bytes) = (work.path("disk.raw"), options.size_bytes);
     let volume = match method {
         Method::Lvm => match tokio::task::block_in_place(|| Volume::create(work, &image, size_bytes)) {
@@ -361,6 +361,7 @@ async fn one(
         _ => None,
     };
     let disk = volume.as_ref().map_or(image.clone(), Volume::disk);
+    let busy = Busy::now();
     let rig = Rig::start(work, &options.rig, &disk).await?;
     let scratch = places.scratch(method);
     let memory = rig.memory.try_clone().map_err(path("cannot share", "the machine's memory"))?;
@@ -410,16 +411,16 @@ async fn one(
         (Ok(loaded), Ok(None), Ok(_)) => (Err(OverheadError::Panicked), loaded.model),
     };
     rig.end().await?;
+    if let (Ok(run), _) = &mut result {
+        // QEMU's time counts as ours now.
+        run.others_cores = busy.others_since();
+    }
     if let Some(volume) = volume {
         tokio::task::block_in_place(|| {
             let copied = volume.copy_back(&image, size_bytes);
             drop(volume);
             copied
         })?;
-    }
-    if let (Ok(run), _) = &mut result {
-        // QEMU's time counts as ours now.
-        run.others_cores = busy.others_since();
     }
     // Scratch has no names; what a failed method has left is of no use.
     for name in ["state", "scratch", "scratch.qcow2", "target.raw", "overlay.qcow2", "nbd"] {

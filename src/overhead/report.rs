@@ -146,7 +146,8 @@ pub struct Measured {
     pub others_cores: Spread,
 }
 
-/// What the guest gets done while there is no backup: the middle of what was measured before all backups of a round. What
+/// What the guest gets done while there is no backup: the middle of what was measured before all backups of a round on the same
+/// disk (a logical volume is another one). What
 /// else a machine does meets one short measurement more than another, and hardly all of them.
 #[derive(Clone, Copy, Debug)]
 struct Idle {

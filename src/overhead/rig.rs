@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   DIR/overhead-ID/            made by us, removed at the end, whatever that is
-//!       disk.raw                the disk; laid out once, written on by every run
+//!       disk.raw                the disk; laid out once, written on by every run (by way of `volume` for one method)
 //!       bios                    64 KiB that say `hlt`
 //!       qmp, own, qtest         sockets of the QEMU that runs now: for livebackup, for us, for the load
 //!       state, scratch, …       what methods make

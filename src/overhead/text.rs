@@ -138,7 +138,7 @@ impl fmt::Display for Report {
             let own: Vec<_> = self.summaries.iter().filter(|s| s.workload == workload.name()).collect();
             writeln!(
                 f,
-                "\n{workload}: {}. Medians of the rounds (least-most). Idle: the median before all backups of a round",
+                "\n{workload}: {}. Medians of the rounds (least-most). Idle: the median before all backups of a round (lvm: before it)",
                 workload.words()
             )?;
             let head = [

@@ -6,14 +6,15 @@
 //! ```
 //!
 //! It is there for one run: the disk's bytes are copied onto it before QEMU starts and back after QEMU has ended, so that
-//! every method goes on from the same disk. LVM is told of no other device than ours (`--devices`), so it looks at none and
-//! notes ours nowhere. The snapshot has room for all of the disk: it never gets full.
+//! every method goes on from the same disk. LVM is told of no other device than ours (`--devices`) and to keep no copies of what
+//! it knows of it, so it looks at no other and notes ours nowhere. The snapshot has room for all of the disk: it never gets full.
 //!
-//! **A crash of ours** leaves the group and its loop device: `vgremove --yes NAME` and `losetup --detach` take them out. The
-//! name is that of the directory, with our process id in it.
+//! **A crash of ours** leaves the group and its loop device: `vgremove --yes --devices /dev/loopN NAME` and `losetup
+//! --detach` take them out. The name is that of the directory, with our process id in it.
 
 use std::fs::File;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -26,11 +27,15 @@ use crate::units::MIB;
 
 /// Where programs for the administrator are, which need not be in the path.
 const SBIN: [&str; 2] = ["/usr/sbin", "/sbin"];
-/// Volumes are whole multiples of this, LVM's default; so is what it keeps for itself.
-const EXTENT_BYTES: u64 = 4 * MIB;
+/// Volumes are whole multiples of this, as disks are: the guest sees a disk as long as the image.
+const EXTENT: &str = "64k";
+/// What LVM keeps at both ends of the group.
+const ENDS_BYTES: u64 = 16 * MIB;
 /// There where udev runs. Else LVM has to make the nodes of its devices itself.
 const UDEV: &str = "/run/udev/control";
 const OWN_NODES: &str = "activation { udev_sync=0 udev_rules=0 }";
+/// No files in /etc/lvm about a group that is gone soon.
+const NO_COPIES: &str = "backup { backup=0 archive=0 }";
 /// How long a volume that was just closed may be said to be in use: whoever watches devices looks into it, too.
 const FREE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -56,7 +61,8 @@ fn program(name: &str) -> Option<PathBuf> {
 fn run(name: &str, arguments: &[&str]) -> Result<String, OverheadError> {
     let failed = |why: String| OverheadError::Tool { program: format!("{name} {}", arguments.join(" ")), why };
     let program = program(name).ok_or_else(|| failed("is not installed".into()))?;
-    let out = Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).output();
+    // A group of its own: a Ctrl-C is for us, and what was begun is ended and undone.
+    let out = Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).process_group(0).output();
     let out = out.map_err(|e| failed(format!("cannot be run: {e}")))?;
     match out.status.success() {
         true => Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned()),
@@ -78,17 +84,17 @@ impl Volume {
     /// Makes one in the directory, with what the image holds. Blocks.
     pub fn create(work: &WorkDir, image: &Path, size_bytes: u64) -> Result<Self, OverheadError> {
         let file = work.path("volumes");
-        let whole = size_bytes.next_multiple_of(EXTENT_BYTES);
-        // The disk, a snapshot that takes all of it with 16 bytes for each 4 KiB, and both ends of the group.
-        let room_bytes = 2 * whole + (whole / 128).next_multiple_of(EXTENT_BYTES) + 4 * EXTENT_BYTES;
-        File::create(&file).and_then(|file| file.set_len(room_bytes)).map_err(path("cannot make", &file))?;
+        // The disk, a snapshot that takes all of it with 16 bytes for each 4 KiB, and the rest.
+        let room_bytes = 2 * size_bytes + size_bytes / 128 + ENDS_BYTES;
+        // One that is there is under a group that could not be removed.
+        File::create_new(&file).and_then(|file| file.set_len(room_bytes)).map_err(path("cannot make", &file))?;
         let attached = run("losetup", &["--find", "--show", "--direct-io=on", &file.display().to_string()]);
         let loop_device = attached.inspect_err(|_| drop(std::fs::remove_file(&file)))?;
         // From here on it is undone by being dropped.
         let mut volume = Self { group: work.name(), loop_device, file, is_made: false };
-        volume.lvm("vgcreate", &["--yes", &volume.group, &volume.loop_device])?;
+        volume.lvm("vgcreate", &["--yes", "--physicalextentsize", EXTENT, &volume.group, &volume.loop_device])?;
         volume.is_made = true;
-        let size = format!("{whole}b");
+        let size = format!("{size_bytes}b");
         volume
             .lvm("lvcreate", &["--yes", "--wipesignatures", "n", "--size", &size, "--name", "disk", &volume.group])?;
         copy(image, &volume.disk(), size_bytes)?;
@@ -96,9 +102,10 @@ impl Volume {
     }
 
     fn lvm(&self, command: &str, arguments: &[&str]) -> Result<String, OverheadError> {
-        let ours = [command, "--quiet", "--devices", &self.loop_device];
-        let nodes: &[&str] = if Path::new(UDEV).exists() { &[] } else { &["--config", OWN_NODES] };
-        run("lvm", &[&ours, nodes, arguments].concat())
+        let nodes = if Path::new(UDEV).exists() { "" } else { OWN_NODES };
+        let config = format!("{NO_COPIES} {nodes}");
+        let ours = [command, "--quiet", "--devices", &self.loop_device, "--config", &config];
+        run("lvm", &[&ours, arguments].concat())
     }
 
     /// The disk's block device.

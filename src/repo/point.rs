@@ -2,8 +2,6 @@
 //!
 //! A point exists when its manifest does. Everything that it refers to is durable before.
 
-use std::collections::BTreeSet;
-
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -187,18 +185,19 @@ impl Manifest {
         if names.is_empty() {
             return Ok(self.disks.iter().collect());
         }
-        let mut seen = BTreeSet::new();
-        if let Some(twice) = names.iter().find(|name| !seen.insert(**name)) {
-            return Err(ChoiceError::Twice { disk: (*twice).to_owned() });
-        }
-        let find = |name: &&str| {
-            self.disks.iter().find(|disk| disk.disk.name == **name).ok_or_else(|| {
+        let mut chosen: Vec<&PointDisk> = Vec::with_capacity(names.len());
+        for name in names {
+            let found = self.disks.iter().find(|disk| disk.disk.name == *name).ok_or_else(|| {
                 let known: Vec<_> = self.disks.iter().map(|disk| format!("{:?}", disk.disk.name)).collect();
                 let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                ChoiceError::Unknown { vm: self.vm.clone(), point: self.id.short(), disk: (**name).to_owned(), known }
-            })
-        };
-        names.iter().map(find).collect()
+                ChoiceError::Unknown { vm: self.vm.clone(), point: self.id.short(), disk: (*name).to_owned(), known }
+            })?;
+            if chosen.iter().any(|other| other.disk.name == *name) {
+                return Err(ChoiceError::Twice { disk: (*name).to_owned() });
+            }
+            chosen.push(found);
+        }
+        Ok(chosen)
     }
 
     /// The file.

@@ -6,7 +6,7 @@
 //!
 //!    added > budget                  half the rate, down to 1 MiB/s
 //!    not, four times one after another    a quarter more; free again when reading is slower than that by itself
-//!    added > budget at 1 MiB/s, 12 looks more than not    let go: what costs the guest is the copying, not the reading
+//!    added > budget at 1 MiB/s, 12 looks more than not (a write of seconds is several)    let go: what costs the guest is the copying, not the reading
 //! ```
 //!
 //! A look counts when 20 writes have ended, or after a second: p99 of a few writes is the slowest of them. Latencies are
@@ -36,6 +36,8 @@ const WATCH_BEFORE: Duration = Duration::from_secs(2);
 const LOWEST: u64 = MIB;
 /// Looks without harm before reading gets faster.
 const CALM_LOOKS: u32 = 4;
+/// As long as it takes to become faster, with a second for each look.
+const LONG_NS: u64 = CALM_LOOKS as u64 * 1_000_000_000;
 /// Looks over the budget at the slowest reading, less those that were not, before the fleece is let go. A calm moment does
 /// not make up for more than one: a guest whose writes are over the budget in most looks is over it.
 const HURT_LOOKS: u32 = 12;
@@ -66,8 +68,9 @@ impl Governor {
     fn look(&mut self, added_ns: u64, read_rate: u64) -> Step {
         if added_ns > self.budget_ns {
             self.calm = 0;
-            if self.rate == Some(LOWEST) {
-                // A write that took seconds counts for the looks that saw nothing end.
+            // A write that took seconds counts for the looks that saw nothing end. By those, taken for calm, reading may have
+            // become faster meanwhile.
+            if self.rate == Some(LOWEST) || added_ns >= LONG_NS {
                 self.hurt =
                     self.hurt.saturating_add(1 + u32::try_from(added_ns / 1_000_000_000).unwrap_or(u32::MAX - 1));
             }
@@ -263,6 +266,15 @@ mod tests {
         assert!(looks(1).all(|added| governor.look(added, LOWEST) == Step::Read), "one of three");
     }
 
+    #[test]
+    fn a_guest_that_stands_still_is_hurt() {
+        let mut governor = Governor::new(BUDGET_NS);
+        // Nothing ends for five seconds, time and again.
+        let looks = (0..100).map(|look| if look % 5 == 4 { 5_000_000_000 } else { 0 });
+        let ended = looks.map(|added| governor.look(added, 64 * MIB)).position(|step| step == Step::LetGo);
+        assert!(ended.is_some_and(|look| look < 50), "{ended:?}");
+    }
+
     proptest! {
         #[test]
         fn the_rate_stays_in_bounds(looks in prop::collection::vec((0u64..20_000_000, any::<u64>()), 0..200)) {
@@ -270,7 +282,7 @@ mod tests {
             for (added_ns, read_rate) in looks {
                 let step = governor.look(added_ns, read_rate);
                 prop_assert!(governor.rate.is_none_or(|rate| rate >= LOWEST));
-                prop_assert!(step == Step::Read || added_ns > BUDGET_NS && governor.rate == Some(LOWEST));
+                prop_assert!(step == Step::Read || added_ns > BUDGET_NS);
             }
         }
     }

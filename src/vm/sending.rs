@@ -84,9 +84,8 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                     Some(ack) => discards.acknowledge(ack.disk.into(), &ack.extents),
                     None => acknowledges = false,
                 }
-                if discards.is_open() {
-                    close_at.get_or_insert_with(|| Instant::now() + NEIGHBOURS_WITHIN);
-                }
+                let since_opened = close_at.unwrap_or_else(|| Instant::now() + NEIGHBOURS_WITHIN);
+                close_at = discards.is_open().then_some(since_opened);
                 continue;
             }
             word = next(&mut words) => word,
