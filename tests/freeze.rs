@@ -226,6 +226,14 @@ fn a_real_guest(version: Version, disks: &[GuestDisk]) {
     other.call("guest-fsfreeze-thaw");
     drop(other);
 
+    // Where nothing is mounted there is nothing to freeze, and nobody is to blame.
+    guest.sh("umount /mnt/vd0");
+    let report = side.backup(&[]);
+    assert!(report["grade"] == "crash" && reasons(&report).contains("froze no file system"), "{report}");
+    assert!(!reasons(&report).contains("somebody"), "{report}");
+    assert!(side.refused(&["--freeze", "require"]).contains("froze no file system"));
+    guest.sh("mount -t ext4 -o noatime /dev/disk/vd0 /mnt/vd0");
+
     // A guest that does not run cannot answer.
     guest.qmp("stop", json!({}));
     assert!(reasons(&side.backup(&[])).contains("does not run"));

@@ -11,6 +11,7 @@
 //!   whatever its owner does meanwhile.
 //! * **Held** means: the status was `frozen` after the instant, and the thaw freed as many file systems as the freeze had
 //!   taken. Else somebody thawed in between (Windows does so by itself after ten seconds), and the freeze does not count.
+//!   Nor does one that took none: there was no file system to freeze.
 //! * A guest that somebody else has frozen is left alone.
 //! * A freeze that was not answered may come true later; so its thaw is owed, too.
 //! * The agent's channel takes one client: while the lease lives, nobody else can ask the agent anything.
@@ -181,6 +182,8 @@ async fn thaw(agent: &mut Channel, frozen: u64) -> Result<Result<(), String>, Ag
     let status = agent.freeze_status().await?;
     let freed = agent.thaw().await?;
     Ok(match status {
+        // Of nothing, agents say either.
+        _ if frozen == 0 => Ok(()),
         FreezeStatus::Thawed => Err("somebody thawed the guest's file systems before the instant was over".into()),
         FreezeStatus::Frozen if freed < frozen => {
             Err(format!("of {frozen} file systems only {freed} were still frozen after the instant"))
