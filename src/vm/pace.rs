@@ -6,7 +6,8 @@
 //!
 //!    added > budget                  half the rate, down to 1 MiB/s
 //!    not, four times one after another    a quarter more; free again when reading is slower than that by itself
-//!    added > budget at 1 MiB/s, 12 looks more than not (a write of seconds is several)    let go: what costs the guest is the copying, not the reading
+//!    added > budget at 1 MiB/s, 12 looks more than not    let go: what costs the guest is the copying, not the reading
+//!                                                          (a write of seconds is several looks)
 //! ```
 //!
 //! A look counts when 20 writes have ended, or after a second: p99 of a few writes is the slowest of them. Latencies are

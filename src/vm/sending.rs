@@ -19,7 +19,6 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 use super::Vm;
 use super::compare::Expected;
@@ -35,7 +34,7 @@ const EVENTS_WAITING: usize = 4;
 /// Batches of digests that wait for the reader: with the one that it looks at, 2.5 GiB of a disk in chunks of 128 KiB.
 const DIGESTS_WAITING: usize = 4;
 
-/// How long what is acknowledged waits for its neighbours, however many come.
+/// How long what is acknowledged waits for its neighbours.
 const NEIGHBOURS_WITHIN: Duration = Duration::from_millis(50);
 
 /// What comes from the client, and from who holds the session for it, if somebody does.
@@ -74,8 +73,6 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
     // Dropped with the last word.
     let mut words = words.map(|words| (words, to_sending));
     let mut acknowledges = true;
-    // When what is open waits no longer.
-    let mut close_at: Option<Instant> = None;
     loop {
         let word = tokio::select! {
             biased;
@@ -84,8 +81,6 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                     Some(ack) => discards.acknowledge(ack.disk.into(), &ack.extents),
                     None => acknowledges = false,
                 }
-                let since_opened = close_at.unwrap_or_else(|| Instant::now() + NEIGHBOURS_WITHIN);
-                close_at = discards.is_open().then_some(since_opened);
                 continue;
             }
             word = next(&mut words) => word,
@@ -95,9 +90,8 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
                 }
                 continue;
             }
-            () = closing(close_at) => {
+            () = tokio::time::sleep(NEIGHBOURS_WITHIN), if discards.is_open() => {
                 discards.close();
-                close_at = None;
                 continue;
             }
         };
@@ -107,13 +101,6 @@ pub async fn listen(disks: &[ReadyDisk], (mut acks, words): FromClient, to_sendi
             }
             _ => words = None,
         }
-    }
-}
-
-async fn closing(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }
 
