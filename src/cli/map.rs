@@ -13,7 +13,7 @@ use super::exit::Code;
 use super::repository;
 use super::table::Table;
 use crate::area::Area;
-use crate::map::{At, Map, MapError, MapOptions, MapReport, Mapped};
+use crate::map::{At, Map, MapOptions, MapReport, Mapped};
 use crate::repo::Manifest;
 use crate::units::{PointId, human_bytes};
 
@@ -163,8 +163,7 @@ pub async fn run(context: &Context, args: &MapArgs) -> anyhow::Result<Code> {
     };
     let options = MapOptions { disks: args.disk.clone(), at, ..MapOptions::default() };
     let map = Map::open(&repo, &manifest, &options).await?;
-    let names: Vec<_> = map.disks().iter().map(|mapped| mapped.disk.as_str()).collect();
-    let suspect = repository::suspect(&repo, &manifest, &manifest.choose(&names).map_err(MapError::from)?);
+    let suspect = repository::suspect(&repo, &manifest, &args.disk);
     context.output.print(&Serving::new(&manifest, map.disks(), suspect));
     let report = map.serve(context.interrupted.clone()).await;
     context.output.done(&Served::new(manifest.vm, manifest.id, &report));

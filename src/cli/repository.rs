@@ -4,7 +4,6 @@ use std::path::Path;
 
 use super::exit;
 use super::source;
-use crate::repo::point::PointDisk;
 use crate::repo::{Manifest, Repository};
 
 /// The directory that REPO names.
@@ -58,12 +57,11 @@ pub fn point(repo: &Repository, text: &str) -> anyhow::Result<Manifest> {
     Ok(repo.find_point(vm, point.unwrap_or("latest"))?)
 }
 
-/// What of these disks of a point is suspect, in words; said at once, since what follows may take long, and even when quiet.
+/// What of these disks of a point (all when none is named) is suspect, in words; said at once, since what follows may take long, and even when quiet.
 /// That it cannot be told keeps nobody from his data.
-pub fn suspect(repo: &Repository, manifest: &Manifest, disks: &[&PointDisk]) -> Option<String> {
-    let names: Vec<_> = disks.iter().map(|disk| disk.disk.name.as_str()).collect();
+pub fn suspect(repo: &Repository, manifest: &Manifest, disks: &[String]) -> Option<String> {
     let (vm, point) = (&manifest.vm, manifest.id.short());
-    match repo.suspect_of(vm, manifest.id, &names) {
+    match repo.suspect_of(vm, manifest.id, disks) {
         Ok(suspect) => suspect.inspect(|words| {
             tracing::error!("{vm}@{point} is suspect, some of its bytes may be older than it is: {words}");
         }),

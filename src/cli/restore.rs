@@ -14,7 +14,7 @@ use super::exit::Code;
 use super::progress::Meter;
 use super::repository;
 use crate::area::Area;
-use crate::restore::{self, DiskTarget, RestoreError, RestoreOptions, RestoreReport};
+use crate::restore::{self, DiskTarget, RestoreOptions, RestoreReport};
 use crate::units::{PointId, human_bytes};
 
 #[derive(Debug, Args)]
@@ -153,8 +153,7 @@ pub async fn run(context: &Context, args: &RestoreArgs) -> anyhow::Result<Code> 
         ..RestoreOptions::new(&args.dir)
     };
     let (vm, point) = (manifest.vm.clone(), manifest.id);
-    let chosen: Vec<_> = options.disks.iter().map(|disk| disk.disk.as_str()).collect();
-    let chosen = manifest.choose(&chosen).map_err(RestoreError::from)?;
+    let chosen: Vec<_> = options.disks.iter().map(|disk| disk.disk.clone()).collect();
     let suspect = repository::suspect(&repo, &manifest, &chosen);
     let areas = manifest.disks.iter().map(|disk| (disk.disk.name.clone(), disk.areas.areas.clone())).collect();
     let stop = Arc::new(AtomicBool::new(false));

@@ -86,14 +86,15 @@ impl Repository {
         Ok(found)
     }
 
-    /// What of these disks of a point is suspect, in words, for who is about to use them. A mark that cannot be read may mean
+    /// What of these disks of a point (all when none is named) is suspect, in words, for who is about to use them. A mark that cannot be read may mean
     /// any.
-    pub fn suspect_of(&self, vm: &str, point: PointId, disks: &[&str]) -> Result<Option<String>, RepoError> {
+    pub fn suspect_of(&self, vm: &str, point: PointId, disks: &[String]) -> Result<Option<String>, RepoError> {
         let Some(mark) = self.suspects(vm)?.remove(&point) else { return Ok(None) };
         if mark.is_empty() {
             return Ok(Some(in_words(&mark)));
         }
-        let named: Vec<_> = mark.into_iter().filter(|marked| disks.contains(&marked.disk.as_str())).collect();
+        let named: Vec<_> =
+            mark.into_iter().filter(|marked| disks.is_empty() || disks.contains(&marked.disk)).collect();
         Ok((!named.is_empty()).then(|| in_words(&named)))
     }
 }
