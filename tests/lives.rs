@@ -121,7 +121,14 @@ impl Lives {
     fn resize(&mut self) -> String {
         let disk = self.rng.below(2) as usize;
         let size = self.new_size(disk);
-        self.side.qemu().qmp("block_resize", json!({"node-name": DISKS[disk].1, "size": size}));
+        let resize = json!({"node-name": DISKS[disk].1, "size": size});
+        if let Err(refused) = self.side.qemu().try_qmp("block_resize", resize) {
+            // A service that was killed in the midst of a backup leaves its filter to the next one.
+            let nodes = self.side.qemu().nodes();
+            let is_filtered = nodes.iter().any(|node| node.contains("livebackup"));
+            assert!(self.serve.is_none() && is_filtered, "{refused}: {nodes:?}");
+            return format!("resize is refused: {}", DISKS[disk].0);
+        }
         self.side.models[disk].resize(size as usize, 0);
         format!("resize: {} to {size}", DISKS[disk].0)
     }
@@ -356,7 +363,10 @@ impl Lives {
         let said = [&out.stdout[..], &out.stderr].map(String::from_utf8_lossy).concat();
         if !out.status.success() {
             let code = out.status.code();
-            assert!(way != "nothing" && way != "reset" || is_not_yet(&out), "{way}: {code:?} {said}");
+            // The disks may have another size than in any full point.
+            let is_no_differential = level == "differential" && code == Some(5);
+            let may_fail = way != "nothing" && way != "reset" || is_no_differential || is_not_yet(&out);
+            assert!(may_fail, "{way}: {code:?} {said}");
             assert!(code.is_some_and(|code| code < 100) && !said.trim().is_empty(), "{way}: {code:?} {said}");
             assert!(!said.contains("panicked"), "{said}");
             return format!("backup in the midst fails: client {client} {level}, {way}: {}", said.trim());

@@ -424,3 +424,45 @@ fn a_shared_medium_is_scanned_each_time() {
     assert_eq!(sent_bytes(&report), CHUNK as u64);
     assert!(setting.restored("latest") == setting.image());
 }
+
+/// A disk is resized after the client has looked at the VM, and before its session begins.
+fn is_resized_meanwhile(way: Way, size: u64, level: &str) {
+    let mut setting = Setting::new(Version::V10, way, 4 * MIB);
+    setting.qemu.write(0, 4 * MIB, 5);
+    setting.backup(&[]);
+    setting.break_tracking();
+    let go = setting.qemu.path("go");
+    let mut backup = setting.command(&["backup", &setting.source, &setting.repo, "--level", level]);
+    backup.env("LIVEBACKUP_PAUSE_AT", format!("backup.looked={}", go.display()));
+    let backup = backup.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("the client to have looked", || go.with_extension("here").exists());
+    setting.qemu.qmp("block_resize", json!({"node-name": "disk0", "size": size}));
+    setting.qemu.write(0, 512, 6);
+    std::fs::write(&go, "").unwrap();
+    let out = backup.wait_with_output().unwrap();
+    let said = [&out.stdout[..], &out.stderr].map(String::from_utf8_lossy).concat();
+    assert!(out.status.success(), "{said}");
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["disks"][0]["taken"], "full", "{report}");
+    if way == Way::Here || level == "auto" {
+        assert!(report["warnings"].to_string().contains("was resized while the backup began"), "{report}");
+    }
+    assert!(setting.restored("latest") == setting.image());
+    setting.qemu.write(512, 512, 7);
+    let (report, _) = setting.backup(&[]);
+    let taken = if level == "auto" { "incremental" } else { "scan" };
+    assert_eq!(report["disks"][0]["taken"], taken, "{report}");
+    assert!(setting.restored("latest") == setting.image());
+}
+
+#[test]
+fn a_disk_that_is_resized_meanwhile() {
+    is_resized_meanwhile(Way::Here, 6 * MIB, "auto");
+    is_resized_meanwhile(Way::Here, 2 * MIB, "copy");
+}
+
+#[test]
+fn a_disk_that_is_resized_meanwhile_over_tcp() {
+    is_resized_meanwhile(Way::Tcp, 2 * MIB, "auto");
+    is_resized_meanwhile(Way::Tcp, 6 * MIB, "copy");
+}

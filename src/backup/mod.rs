@@ -132,6 +132,7 @@ async fn choose(
     distrusted: &[Distrusted],
 ) -> Result<(Plan, Begin), BackupError> {
     let (_machine, found) = sidecar.disks().await?;
+    fault::point("backup.looked");
     let points = points(repo, sidecar.vm()).await?;
     let chunk_bytes = repo.config().chunk_bytes;
     let mut plan = plan::choose(options.level, &points, &found, chunk_bytes)

@@ -243,8 +243,12 @@ fn add_disks(
                 writer.disk(disk.size_bytes, chunk_bytes, Some(base.image))?
             }
             Taken::Scan { .. } => {
-                let scan = plan.scans.get(&disk.name).filter(|(_, image)| image.size_bytes == disk.size_bytes);
-                let (_, image) = scan.ok_or_else(|| unasked("scanned".to_owned()))?;
+                let (_, image) = plan.scans.get(&disk.name).ok_or_else(|| unasked("scanned".to_owned()))?;
+                if image.size_bytes != disk.size_bytes {
+                    let (name, then, now) = (&disk.name, image.size_bytes, disk.size_bytes);
+                    let what = format!("disk {name} was resized while the backup began, from {then} to {now} bytes");
+                    return Err(Failure::new(FailureCode::SessionGone, what).into());
+                }
                 let offer = Offer::default();
                 let broken = offer.broken();
                 compared.push(Compared::All(offer, *image));

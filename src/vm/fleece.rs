@@ -108,21 +108,44 @@ impl Fleece {
         let (instant, stopped) = (Timestamp::UNIX_EPOCH, Duration::ZERO);
         let harvester = Harvester::new(bench.monitor.clone(), &bench.sockets);
         let mut this = Self { bench, disks, chunk_bytes, harvester, instant, stopped };
-        this.prepare().await?;
+        match this.reach_instant(quiet).await {
+            Ok(()) => Ok(this),
+            // QEMU's own words would be of bitmaps that do not fit.
+            Err(failure) => match this.bench.monitor.raw("query-block", json!({})).await {
+                Ok(blocks) => this.check_sizes(&blocks).and(Err(failure)),
+                Err(_) => Err(failure),
+            },
+        }
+    }
+
+    async fn reach_instant(&mut self, quiet: &mut Quiet) -> Result<(), Failure> {
+        self.prepare().await?;
         for attempt in 0.. {
-            this.take_instant(quiet, attempt > 0).await?;
+            self.take_instant(quiet, attempt > 0).await?;
             fault::point("fleece.instant");
-            if let Some(why) = this.bench.scratch.exhausted() {
+            if let Some(why) = self.bench.scratch.exhausted() {
                 return Err(Failure::new(FailureCode::NoSpace, why));
             }
-            if this.is_proven().await.map_err(qemu_failed)? {
+            if self.is_proven().await.map_err(qemu_failed)? {
                 break;
             }
             tracing::info!(attempt, "a write fell between merge and instant; the instant is taken again");
-            this.take_back(attempt + 1 < LIMITED_TRIES).await?;
+            self.take_back(attempt + 1 < LIMITED_TRIES).await?;
         }
-        quiet.check()?;
-        Ok(this)
+        quiet.check()
+    }
+
+    /// All disks have the size that is to be backed up.
+    fn check_sizes(&self, blocks: &Value) -> Result<(), Failure> {
+        for disk in self.disks.iter().filter(|disk| disk.has_filter()) {
+            let found = &disk.plan.disk;
+            if let Some(now) = undo::size_of(blocks, &found.qom_path).filter(|now| *now != found.size_bytes) {
+                let (name, then) = (&found.name, found.size_bytes);
+                let words = format!("disk {name} was resized while the backup began, from {then} to {now} bytes");
+                return Err(Failure::new(FailureCode::SessionGone, words));
+            }
+        }
+        Ok(())
     }
 
     async fn prepare(&mut self) -> Result<(), Failure> {
@@ -324,6 +347,8 @@ impl Fleece {
                 return Err(Failure::new(FailureCode::Busy, words));
             }
         }
+        // From here on they stay: nobody can resize a node that has a filter.
+        self.check_sizes(&blocks)?;
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() {
                 let path = &self.disks[i].plan.disk.qom_path;

@@ -246,7 +246,7 @@ impl Vm {
     /// The VM's definition and all devices that are or could be taken for a disk.
     pub async fn disks(&self) -> Result<(Machine, Vec<FoundDisk>), Failure> {
         let looked =
-            self.looked().as_ref().filter(|(at, _)| at.elapsed() < FRESH).map(|(_, graph)| graph.disks.clone());
+            self.looked().as_ref().filter(|looked| self.is_fresh(looked)).map(|(_, graph)| graph.disks.clone());
         let disks = match looked {
             Some(disks) => disks,
             None => self.graph().await?.disks,
@@ -258,10 +258,15 @@ impl Vm {
         self.inner.looked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether what was seen at the attach still goes: for who attaches for one backup. Others see what has happened since.
+    fn is_fresh(&self, (at, _): &(Instant, Graph)) -> bool {
+        self.inner.options.begins_at_once && at.elapsed() < FRESH
+    }
+
     /// The machine as a session finds it, without what an earlier one may have left.
     async fn found(&self) -> Result<Graph, Failure> {
-        let looked = self.looked().take().filter(|(at, _)| self.inner.options.begins_at_once && at.elapsed() < FRESH);
-        if let Some((_, graph)) = looked {
+        let looked = self.looked().take();
+        if let Some((_, graph)) = looked.filter(|looked| self.is_fresh(looked)) {
             return Ok(graph);
         }
         self.clean_up_now().await?;

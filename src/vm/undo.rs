@@ -441,9 +441,18 @@ pub fn qom_path(qdev: &str) -> String {
 
 /// The node that a device has, in the answer of `query-block`.
 pub fn node_of<'a>(blocks: &'a Value, path: &str) -> Option<&'a str> {
+    inserted(blocks, path)?["node-name"].as_str()
+}
+
+/// The size of the node that a device has, in bytes, in the answer of `query-block`.
+pub fn size_of(blocks: &Value, path: &str) -> Option<u64> {
+    inserted(blocks, path)?["image"]["virtual-size"].as_u64()
+}
+
+fn inserted<'a>(blocks: &'a Value, path: &str) -> Option<&'a Value> {
     let mut devices = blocks.as_array()?.iter();
     let device = devices.find(|device| device["qdev"].as_str().is_some_and(|qdev| qom_path(qdev) == path))?;
-    device["inserted"]["node-name"].as_str()
+    Some(&device["inserted"])
 }
 
 /// A node's child in the answer of `x-debug-query-block-graph`.

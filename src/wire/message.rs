@@ -484,7 +484,8 @@ pub enum FailureCode {
     Denied,
     /// The connection ended.
     Disconnected,
-    /// A session that was to be resumed is over, or never was.
+    /// A session that was to be resumed is over, or never was; or a disk was resized while it was opened. Another may be
+    /// begun at once.
     SessionGone,
     /// The guest could not be made quiet, and that was required.
     NotQuiet,
