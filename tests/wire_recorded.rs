@@ -133,7 +133,7 @@ async fn todays_server_understands_the_first_client() {
         // One that would compress all that it sends, and over several connections, does not for a client that knows nothing
         // of it.
         let packing = Packing::new(How::Zstd, 1);
-        let common = Common { packing, trunks: Trunks::default().of("recorded".into()) };
+        let common = Common { packing, ending: None, trunks: Trunks::default().of("recorded".into()) };
         serve_with(Stream::new(far, "recorded"), Timing::default(), common, handler).await
     });
     // It asks one thing at a time, so what it sent is played in its own steps: hello, two requests, the begin.

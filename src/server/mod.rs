@@ -14,6 +14,7 @@ use std::time::Duration;
 use futures_util::future::select_all;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::block::BoxFuture;
 use crate::vm::VmOptions;
@@ -105,7 +106,8 @@ pub async fn serve(config: Config, base: VmOptions, mut stop: watch::Receiver<bo
         packing: Packing::default(),
         tcp: config.wire_compression,
     };
-    answer_clients(door, service, &listeners, line, &mut stop).await;
+    // What is under way would go on for long.
+    answer_clients(door, service, &listeners, line, &mut stop, Duration::ZERO).await;
     tracing::info!("ending: sessions are closed and every fleece is taken out of QEMU");
     while keepers.join_next().await.is_some() {}
     Ok(())
@@ -127,20 +129,21 @@ impl Outgoing {
     }
 }
 
-/// Answers whoever comes, until it is asked to stop; then nobody is answered any more.
+/// Answers whoever comes, until it is asked to stop; what is under way then has the time of `last_words` to end by itself.
 async fn answer_clients(
     door: Arc<Door>,
     service: Service,
     listeners: &[Listener],
     line: Outgoing,
     stop: &mut watch::Receiver<bool>,
+    last_words: Duration,
 ) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             incoming = accept(listeners) => match incoming {
                 Ok(incoming) if connections.len() < MAX_CONNECTIONS => {
-                    connections.spawn(converse(door.clone(), service.clone(), incoming, line.clone()));
+                    connections.spawn(converse(door.clone(), service.clone(), incoming, line.clone(), stop.clone()));
                 }
                 Ok(_) => tracing::warn!("a connection was refused: {MAX_CONNECTIONS} are open"),
                 Err(e) => {
@@ -152,6 +155,7 @@ async fn answer_clients(
             () = asked_to_stop(stop) => break,
         }
     }
+    let _ = timeout(last_words, async { while connections.join_next().await.is_some() {} }).await;
     connections.shutdown().await;
     service.give_up();
 }
@@ -162,7 +166,13 @@ async fn asked_to_stop(stop: &mut watch::Receiver<bool>) {
 }
 
 /// A connection, from the door to its end.
-async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, line: Outgoing) {
+async fn converse(
+    door: Arc<Door>,
+    service: Service,
+    incoming: Incoming,
+    line: Outgoing,
+    ending: watch::Receiver<bool>,
+) {
     let timing = Timing::default();
     let packing = line.packing.by_default(if incoming.is_tcp() { line.tcp } else { How::None });
     let admitted = door.admit(incoming, timing.hello).await;
@@ -176,7 +186,8 @@ async fn converse(door: Arc<Door>, service: Service, incoming: Incoming, line: O
                 None => stream,
             };
             // What went wrong is logged where it was seen.
-            let common = Common { packing, trunks: service.trunks().of(caller.identity()) };
+            let trunks = service.trunks().of(caller.identity());
+            let common = Common { packing, trunks, ending: Some(ending) };
             let _ = serve_with(stream, timing, common, |request| service.answer(caller, request)).await;
         }
     }

@@ -45,6 +45,8 @@ use crate::wire::resume::DEFAULT_GRACE;
 
 /// How often a monitor that does not answer yet is tried. QEMU may take minutes to start: it fills its memory first.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(20);
+/// How long clients are told that QEMU has ended, and why, where they take it slowly.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Signals that end a QEMU, and so a virtual machine under our care.
 const ENDING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
@@ -255,7 +257,8 @@ async fn tend(
     let service = Service::new(1, DEFAULT_GRACE);
     service.set(vm.name(), State::Attached(vm.clone()));
     let clients = tokio::spawn(async move {
-        answer_clients(Arc::new(Door::private()), service, &[listener], Outgoing::unlimited(), &mut closed).await;
+        let (door, line) = (Arc::new(Door::private()), Outgoing::unlimited());
+        answer_clients(door, service, &[listener], line, &mut closed, LAST_WORDS).await;
     });
     let (end, ended) = oneshot::channel::<()>();
     let parting = async {

@@ -71,7 +71,9 @@ pub enum HelloError {
         limit: Duration,
     },
     /// It closed first.
-    #[error("{peer} closed the connection without a hello: too many connections, or not livebackup")]
+    #[error(
+        "{peer} closed the connection without a hello: it is ending, has too many connections, or is not livebackup"
+    )]
     Closed {
         /// The other end.
         peer: String,

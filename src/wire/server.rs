@@ -3,7 +3,7 @@
 //! ```text
 //! hello ─► waiting ─► request ─► handler ─┬─► reply ─► waiting
 //!             │                           └─► session: pump of events ∥ reader of acknowledgements ─► drained, closed
-//!             └─► the client closed, or asked for nothing for long
+//!             └─► the client closed, or asked for nothing for long, or the server ends
 //! ```
 //!
 //! A client that leaves or misbehaves ends what it asked for: the handler's future is dropped, or the session is; but a
@@ -17,14 +17,14 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::client::place_of;
 use super::contract::{Acks, Breach, Given, check_begin};
 use super::digests::Digests;
 use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
-use super::hello;
+use super::hello::{self, HelloError};
 use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
 use super::packing::{Outgoing, Packing, Spent};
@@ -82,6 +82,18 @@ pub struct Common {
     pub packing: Packing,
     /// The sessions with several connections, for the client of this one.
     pub trunks: Trunks,
+    /// Says true once the server ends: nothing new is answered then, what was begun is.
+    pub ending: Option<watch::Receiver<bool>>,
+}
+
+impl Common {
+    async fn ends(&mut self) {
+        match &mut self.ending {
+            // Nobody who could say so any more is as good as being told.
+            Some(ending) => drop(ending.wait_for(|ending| *ending).await),
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// [`serve_connection`], as one of several connections.
@@ -107,7 +119,11 @@ where
     H: FnMut(Request) -> F,
     F: Future<Output = Result<Answer, Failure>>,
 {
-    hello::answer(&mut stream, timing.hello).await?;
+    match hello::answer(&mut stream, timing.hello).await {
+        // Somebody looked at the port, and asked for nothing.
+        Err(HelloError::Closed { .. }) => return Ok(()),
+        answered => drop(answered?),
+    }
     let Stream { reader, writer, peer } = stream;
     let mut connection = Connection {
         reader: FrameReader::new(reader, peer.clone(), MAX_REQUEST_BYTES, timing.silence),
@@ -143,7 +159,11 @@ impl Connection {
     {
         loop {
             self.reader.resume();
-            let request = match self.reader.next(self.timing.idle).await? {
+            let next = tokio::select! {
+                next = self.reader.next(self.timing.idle) => next?,
+                () = self.common.ends() => return Ok(()),
+            };
+            let request = match next {
                 None => return Ok(()),
                 Some(Frame::Alive) => continue,
                 Some(frame) => self.request(frame)?,
