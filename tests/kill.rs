@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 
 /// Every point from the first change in QEMU to the manifest, in the order of a backup.
-const POINTS: [&str; 32] = [
+const POINTS: [&str; 34] = [
     "fleece.scratch",
     "fleece.scratch:2",
     "fleece.helper",
@@ -25,6 +25,8 @@ const POINTS: [&str; 32] = [
     "fleece.inserted",
     "fleece.inserted:2",
     "fleece.instant",
+    "fleece.pinned",
+    "fleece.pinned:2",
     "fleece.harvested",
     "seal.written",
     "seal.done",

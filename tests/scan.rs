@@ -425,27 +425,39 @@ fn a_shared_medium_is_scanned_each_time() {
     assert!(setting.restored("latest") == setting.image());
 }
 
-/// A disk is resized after the client has looked at the VM, and before its session begins.
-fn is_resized_meanwhile(way: Way, size: u64, level: &str) {
-    let mut setting = Setting::new(Version::V10, way, 4 * MIB);
+/// A disk is resized between the look at the machine and the instant; a resize while the disk is under the fleece is
+/// refused, by whatever name.
+fn is_resized_meanwhile(version: Version, way: Way, size: u64, level: &str) {
+    let mut setting = Setting::new(version, way, 4 * MIB);
     setting.qemu.write(0, 4 * MIB, 5);
     setting.backup(&[]);
     setting.break_tracking();
-    let go = setting.qemu.path("go");
+    let paths = ["looked", "begun"].map(|name| setting.qemu.path(name));
+    // In one process the fleece is opened by what was seen before.
+    let looked = if way == Way::Here { "fleece.helper" } else { "backup.looked" };
     let mut backup = setting.command(&["backup", &setting.source, &setting.repo, "--level", level]);
-    backup.env("LIVEBACKUP_PAUSE_AT", format!("backup.looked={}", go.display()));
-    let backup = backup.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    wait_until("the client to have looked", || go.with_extension("here").exists());
+    let pauses = format!("{looked}={},backup.begun={}", paths[0].display(), paths[1].display());
+    backup.env("LIVEBACKUP_PAUSE_AT", pauses).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let backup = backup.spawn().unwrap();
+    wait_until("the client to have looked", || paths[0].with_extension("here").exists());
     setting.qemu.qmp("block_resize", json!({"node-name": "disk0", "size": size}));
     setting.qemu.write(0, 512, 6);
-    std::fs::write(&go, "").unwrap();
+    std::fs::write(&paths[0], "").unwrap();
+    wait_until("the backup to have begun", || paths[1].with_extension("here").exists());
+    let filter = setting.qemu.nodes().into_iter().find(|node| node.ends_with("-cbw0")).unwrap();
+    for node in ["disk0", &filter] {
+        let refused = setting.qemu.try_qmp("block_resize", json!({"node-name": node, "size": 3 * MIB})).unwrap_err();
+        assert!(refused.to_string().contains("livebackup-"), "{refused}");
+    }
+    std::fs::write(&paths[1], "").unwrap();
     let out = backup.wait_with_output().unwrap();
     let said = [&out.stdout[..], &out.stderr].map(String::from_utf8_lossy).concat();
     assert!(out.status.success(), "{said}");
     let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(report["disks"][0]["taken"], "full", "{report}");
     if way == Way::Here || level == "auto" {
-        assert!(report["warnings"].to_string().contains("was resized while the backup began"), "{report}");
+        let warnings = report["warnings"].to_string();
+        assert!(warnings.contains("was resized while the backup began"), "{report}");
     }
     assert!(setting.restored("latest") == setting.image());
     setting.qemu.write(512, 512, 7);
@@ -453,16 +465,43 @@ fn is_resized_meanwhile(way: Way, size: u64, level: &str) {
     let taken = if level == "auto" { "incremental" } else { "scan" };
     assert_eq!(report["disks"][0]["taken"], taken, "{report}");
     assert!(setting.restored("latest") == setting.image());
+    setting.qemu.qmp("block_resize", json!({"node-name": "disk0", "size": 5 * MIB}));
 }
 
 #[test]
 fn a_disk_that_is_resized_meanwhile() {
-    is_resized_meanwhile(Way::Here, 6 * MIB, "auto");
-    is_resized_meanwhile(Way::Here, 2 * MIB, "copy");
+    for version in VERSIONS {
+        is_resized_meanwhile(version, Way::Here, 6 * MIB, "auto");
+        is_resized_meanwhile(version, Way::Here, 2 * MIB, "copy");
+    }
 }
 
 #[test]
 fn a_disk_that_is_resized_meanwhile_over_tcp() {
-    is_resized_meanwhile(Way::Tcp, 2 * MIB, "auto");
-    is_resized_meanwhile(Way::Tcp, 6 * MIB, "copy");
+    is_resized_meanwhile(Version::V10, Way::Tcp, 2 * MIB, "auto");
+    is_resized_meanwhile(Version::V10, Way::Tcp, 6 * MIB, "copy");
+}
+
+/// Down and up again: the size is as it was, and what was cut off is zero without anybody having written to it.
+#[test]
+fn a_disk_that_is_shrunk_and_grown_meanwhile() {
+    for version in VERSIONS {
+        let mut setting = Setting::new(version, Way::Here, 4 * MIB);
+        setting.qemu.write(0, 4 * MIB, 5);
+        setting.backup(&[]);
+        let here = setting.qemu.path("here-it-is");
+        let mut backup = setting.command(&["backup", &setting.source, &setting.repo, "--audit", "0"]);
+        backup.env("LIVEBACKUP_PAUSE_AT", format!("fleece.helper={}", here.display()));
+        let backup = backup.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_until("the fleece to be prepared", || here.with_extension("here").exists());
+        for size in [2 * MIB, 4 * MIB] {
+            setting.qemu.qmp("block_resize", json!({"node-name": "disk0", "size": size}));
+        }
+        std::fs::write(&here, "").unwrap();
+        let out = backup.wait_with_output().unwrap();
+        let said = [&out.stdout[..], &out.stderr].map(String::from_utf8_lossy).concat();
+        assert!(out.status.success() && said.contains("and back again"), "{said}");
+        assert!(setting.image()[3 << 20..].iter().all(|byte| *byte == 0));
+        assert!(setting.restored("latest") == setting.image());
+    }
 }

@@ -201,6 +201,8 @@ pub async fn run(
     let (again, vm) = (sidecar.again(), sidecar.vm().to_owned());
     let mut about = About { vm: vm.clone(), level: options.level.to_string(), point: None };
     let mut distrusted = vec![];
+    // Begun anew, it waits for the end of its own session before.
+    let anew = BackupOptions { wait: true, ..options.clone() };
     let mut stored = match program::before(&options.hooks, Phase::Backup, &about).await {
         Ok(()) => store(sidecar, &repo, &options, &distrusted, &mut progress, &mut interrupted).await,
         Err(why) => Err(Failed { error: Failure::new(FailureCode::Refused, why).into(), plan: None }),
@@ -231,7 +233,7 @@ pub async fn run(
         }
         let Some(again) = again.clone() else { break };
         stored = match stoppable(&mut interrupted, async { Ok(again.open().await?) }).await {
-            Ok(sidecar) => store(sidecar, &repo, &options, &distrusted, &mut progress, &mut interrupted).await,
+            Ok(sidecar) => store(sidecar, &repo, &anew, &distrusted, &mut progress, &mut interrupted).await,
             Err(error) => Err(error.into()),
         };
     }

@@ -15,7 +15,7 @@
 //!    (limited to `need`). With more than one disk the guest is stopped now, for no longer than a lease (the guardian owes it
 //!    `cont`), and disks that were written to since are done anew. The filters are put above the disks, old bitmaps
 //!    are disabled.
-//! 3. **Proof**: `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
+//! 3. **Proof**: nobody resizes a disk from now on, or has done so ([`pin`](super::pin)), and `need` joined with the old bitmap must have no more bits than `need`. Else a write fell between merge and
 //!    instant, could not be read back, and the instant is taken again, with the guest stopped for it whatever the number of
 //!    disks: one that writes without a pause would make each try fail, and then all of the disk be copied. Should that fail too,
 //!    the third try has no limit.
@@ -36,7 +36,7 @@ use super::quiet::Quiet;
 use super::scratch::Scratch;
 use super::tracking::{self, Plan, add_bitmap, merge};
 use super::undo::{self, Debt, Debts};
-use super::{internal, persist, qemu_failed};
+use super::{internal, persist, pin, qemu_failed};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::fault;
@@ -48,6 +48,8 @@ use crate::wire::message::{Failure, FailureCode};
 const CBW_TIMEOUT_S: u64 = 4;
 /// The longest that the guest stands still for an instant: then it is let go, and the backup ends.
 const STOP_LEASE: Duration = Duration::from_secs(10);
+/// How long QEMU may take to say what its nodes are, when something has failed.
+const LOOK_WITHIN: Duration = Duration::from_secs(3);
 /// How often the instant is tried with a limit, before it is taken without.
 const LIMITED_TRIES: usize = 2;
 
@@ -71,7 +73,7 @@ pub struct Bench {
 pub struct FleeceDisk {
     /// What happens to it.
     pub plan: Plan,
-    index: usize,
+    pub(super) index: usize,
     limited: bool,
     /// Set while a limited filter stands: what the bitmap that it was limited to counted.
     limited_at: Option<Option<u64>>,
@@ -92,7 +94,8 @@ pub struct Fleece {
 }
 
 impl FleeceDisk {
-    fn has_filter(&self) -> bool {
+    /// Whether the guest can write to it, so that it needs one.
+    pub(super) fn has_filter(&self) -> bool {
         !self.plan.disk.read_only
     }
 }
@@ -110,11 +113,23 @@ impl Fleece {
         let mut this = Self { bench, disks, chunk_bytes, harvester, instant, stopped };
         match this.reach_instant(quiet).await {
             Ok(()) => Ok(this),
-            // QEMU's own words would be of bitmaps that do not fit.
-            Err(failure) => match this.bench.monitor.raw("query-block", json!({})).await {
-                Ok(blocks) => this.check_sizes(&blocks).and(Err(failure)),
-                Err(_) => Err(failure),
-            },
+            Err(failure) => Err(this.resized(failure).await),
+        }
+    }
+
+    /// Of a disk that was resized QEMU says that bitmaps do not fit, or a node: tells what has happened.
+    async fn resized(&self, failure: Failure) -> Failure {
+        let Bench { monitor, names, .. } = &self.bench;
+        if failure.code != FailureCode::Qemu || monitor.is_closed() {
+            return failure;
+        }
+        let nodes = monitor.raw_within(LOOK_WITHIN, "query-named-block-nodes", json!({"flat": true})).await;
+        match nodes.map(|nodes| pin::check(&nodes, names, &self.disks)) {
+            Ok(Err(resized)) => {
+                tracing::info!("{failure}");
+                resized
+            }
+            _ => failure,
         }
     }
 
@@ -126,26 +141,14 @@ impl Fleece {
             if let Some(why) = self.bench.scratch.exhausted() {
                 return Err(Failure::new(FailureCode::NoSpace, why));
             }
-            if self.is_proven().await.map_err(qemu_failed)? {
+            pin::add(&self.bench.monitor, &self.bench.names, &self.disks).await.map_err(qemu_failed)?;
+            if self.is_proven().await? {
                 break;
             }
             tracing::info!(attempt, "a write fell between merge and instant; the instant is taken again");
             self.take_back(attempt + 1 < LIMITED_TRIES).await?;
         }
         quiet.check()
-    }
-
-    /// All disks have the size that is to be backed up.
-    fn check_sizes(&self, blocks: &Value) -> Result<(), Failure> {
-        for disk in self.disks.iter().filter(|disk| disk.has_filter()) {
-            let found = &disk.plan.disk;
-            if let Some(now) = undo::size_of(blocks, &found.qom_path).filter(|now| *now != found.size_bytes) {
-                let (name, then) = (&found.name, found.size_bytes);
-                let words = format!("disk {name} was resized while the backup began, from {then} to {now} bytes");
-                return Err(Failure::new(FailureCode::SessionGone, words));
-            }
-        }
-        Ok(())
     }
 
     async fn prepare(&mut self) -> Result<(), Failure> {
@@ -346,9 +349,8 @@ impl Fleece {
                 );
                 return Err(Failure::new(FailureCode::Busy, words));
             }
+            pin::check_size(&disk.plan, undo::size_of(&blocks, &found.qom_path))?;
         }
-        // From here on they stay: nobody can resize a node that has a filter.
-        self.check_sizes(&blocks)?;
         for i in 0..self.disks.len() {
             if self.disks[i].has_filter() {
                 let path = &self.disks[i].plan.disk.qom_path;
@@ -397,7 +399,7 @@ impl Fleece {
     }
 
     /// Step 3.
-    async fn is_proven(&self) -> Result<bool, MonitorError> {
+    async fn is_proven(&self) -> Result<bool, Failure> {
         let Bench { monitor, names, .. } = &self.bench;
         let mut helpers = vec![];
         for disk in self.disks.iter().filter(|d| d.limited) {
@@ -407,13 +409,11 @@ impl Fleece {
                 sources.push((disk.plan.disk.node.clone(), names.since(head)));
             }
             let sources: Vec<_> = sources.iter().map(|(node, name)| (node.as_str(), name.as_str())).collect();
-            merge(monitor, (&helper, "check"), &sources).await?;
+            merge(monitor, (&helper, "check"), &sources).await.map_err(qemu_failed)?;
             helpers.push(helper);
         }
-        if helpers.is_empty() {
-            return Ok(true);
-        }
-        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await?;
+        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await.map_err(qemu_failed)?;
+        pin::check(&nodes, names, &self.disks)?;
         Ok(helpers.iter().all(|helper| match (count(&nodes, helper, "need"), count(&nodes, helper, "check")) {
             (Some(need), Some(check)) => need == check,
             _ => false,
@@ -436,6 +436,7 @@ impl Fleece {
         }
         for disk in self.disks.iter_mut().filter(|d| d.has_filter()) {
             let Plan { disk: found, .. } = &disk.plan;
+            pin::remove(&monitor, &names, disk.index).await.map_err(qemu_failed)?;
             let back = json!({"path": found.qom_path, "property": "drive", "value": found.node});
             monitor.raw("qom-set", back).await.map_err(qemu_failed)?;
             undo::sync_image(&monitor, &found.node).await;

@@ -54,6 +54,7 @@ pub mod meter;
 pub mod names;
 pub mod pace;
 pub mod persist;
+mod pin;
 pub mod place;
 mod power;
 pub mod quiet;
@@ -152,7 +153,7 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> Failure {
 
 /// How long a session waits for whoever looks at the VM.
 const LOOK_WITHIN: Duration = Duration::from_secs(5);
-/// For how long what attaching found is as good as a look.
+/// For how long what attaching found is as good as a look, to a backup that is begun right after it.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// An attached VM. Clones share it; the locks go with the last one.
@@ -184,7 +185,7 @@ struct Inner {
     gauge: Gauge,
     place: Place,
     session: Arc<Mutex<()>>,
-    /// What attaching found, and when: for whoever asks right after it.
+    /// What attaching found, and when: for a backup that is begun right after it.
     looked: StdMutex<Option<(Instant, Graph)>>,
     /// Its devices, as they were last seen.
     board: Mutex<graph::Board>,

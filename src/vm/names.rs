@@ -44,6 +44,16 @@ impl Names {
         format!("{}snap{disk}", self.prefix)
     }
 
+    /// The node over the filter that keeps its size.
+    pub fn pin(&self, disk: usize) -> String {
+        format!("{}pin{disk}", self.prefix)
+    }
+
+    /// Whether a node is one of ours that stand on a filter.
+    pub fn is_on_filter(&self, node: &str) -> bool {
+        node.strip_prefix(&self.prefix).is_some_and(|rest| rest.starts_with("snap") || rest.starts_with("pin"))
+    }
+
     /// The node that old data is copied to.
     pub fn scratch(&self, disk: usize) -> String {
         format!("{}scr{disk}", self.prefix)
@@ -92,7 +102,7 @@ mod tests {
     #[test]
     fn names_fit_and_come_back() {
         let names = Names::new(OwnerId::random());
-        for node in [names.filter(255), names.snapshot(255), names.scratch(255), names.helper(255)] {
+        for node in [names.filter(255), names.snapshot(255), names.pin(255), names.scratch(255), names.helper(255)] {
             assert!(node.len() <= 31, "{node}");
             assert!(names.is_ours(&node));
         }

@@ -8,7 +8,7 @@
 //! | NBD server | debt file `owed-nbd` | `nbd-server-stop` |
 //! | named scratch file | debt file `owed-scratch-N`, with its path | remove it |
 //! | export | its id | `block-export-del` |
-//! | snapshot, helper, scratch node | its name | `blockdev-del` |
+//! | snapshot, pin, helper, scratch node | its name | `blockdev-del` |
 //! | filter | its name; the edge to its file child says what was below | `qom-set drive`, `blockdev-del` |
 //! | descriptor set | its label | `remove-fd` |
 //! | latency histogram | its last boundary, which carries our owner's id; debt file `owed-histogram` with the last reading | set without boundaries, by [`detach`](super::Vm::detach); the next start goes on with it |
@@ -17,8 +17,8 @@
 //! A debt file is written before the step and removed after its inverse. It needs no fsync: it outlives our death in the
 //! page cache, and QEMU does not outlive the host's.
 //!
-//! Order: exports, NBD server, snapshots, filters (first all of them out from above their disks, then each deleted),
-//! scratch, helpers, descriptors. A filter cannot be taken out while a snapshot stands on it: it then denies others to
+//! Order: exports, NBD server, snapshots and pins, filters (first all of them out from above their disks, then each deleted),
+//! scratch, helpers, descriptors. A filter cannot be taken out while anything stands on it: it then denies others to
 //! write to the disk. Every step may find its work done, and one that is refused keeps none from its turn that does not
 //! need it.
 
@@ -252,7 +252,7 @@ impl Undo<'_> {
         if nodes.is_empty() && self.stuck.is_empty() {
             return self.rest().await;
         }
-        for node in nodes.iter().filter(|n| n.starts_with(&format!("{}snap", names.prefix()))) {
+        for node in nodes.iter().filter(|n| names.is_on_filter(n)) {
             self.delete(node).await?;
         }
         // Every guest device first: what follows may hold QEMU's main loop up for a while.
