@@ -279,7 +279,14 @@ async fn tend(
         }
     }
     close.send_replace(true);
-    let _ = clients.await;
+    let abort = clients.abort_handle();
+    tokio::select! {
+        _ = clients => {}
+        signal = signals.next() => {
+            forward(qemu.id(), signal);
+            abort.abort();
+        }
+    }
     wait(qemu, signals).await
 }
 

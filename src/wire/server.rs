@@ -120,7 +120,7 @@ where
     F: Future<Output = Result<Answer, Failure>>,
 {
     match hello::answer(&mut stream, timing.hello).await {
-        // Somebody looked at the port, and asked for nothing.
+        // Whoever leaves before its hello is over has asked for nothing; most only look whether the port is open.
         Err(HelloError::Closed { .. }) => return Ok(()),
         answered => drop(answered?),
     }
