@@ -83,7 +83,8 @@ impl Append {
     /// threads, which then find what failed recorded.
     pub fn end(&self, shared: &Shared) {
         let Some(mut appender) = lock(&self.appender).take() else { return };
-        shared.record(if shared.is_finishing() { appender.seal() } else { Ok(()) });
+        // Of a writer that is dropped, what has come is kept for the next one; not after a failure.
+        shared.record(if shared.has_failed() { Ok(()) } else { appender.seal() });
         if let Some(open) = appender.open.take() {
             open.discard();
         }

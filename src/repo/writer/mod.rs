@@ -21,7 +21,7 @@
 //! * **Durable** means: the pack is flushed, under its name, and in the journal. Chunks that were there before are durable
 //!   at once; a duplicate of a chunk in flight is durable with it.
 //! * **Failing.** The first error stops everything; every later call says it again. Durable packs stay in the journal for
-//!   the next writer. Dropping a writer does the same.
+//!   the next writer. Dropping a writer does the same, and ends the open pack first: what was put into it is not sent again.
 //! * **Memory.** Bytes in flight (32 MiB unless told otherwise), what is known of digests since the last index file
 //!   (about 20 MB), the open pack's directories, and a few MiB a thread for zstd.
 

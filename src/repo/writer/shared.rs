@@ -147,6 +147,10 @@ impl Shared {
         self.permits.close();
     }
 
+    pub fn has_failed(&self) -> bool {
+        lock(&self.failure).is_some()
+    }
+
     pub fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
     }
