@@ -10,7 +10,9 @@
 //!     OWNER8-PID-START/        sockets for this QEMU, and `owed-*` files: debts that carry no name inside QEMU
 //! ```
 //!
-//! RUN is `/run/livebackup` for root, else `$XDG_RUNTIME_DIR/livebackup`: it goes with the host's start, as QEMU does.
+//! RUN is `/run/livebackup` for root, else `livebackup` in `$XDG_RUNTIME_DIR`, or in `/run/user/UID` where that is not said: it
+//! goes with the host's start, as QEMU does. Sidecars of two users have two of them; what keeps these apart is a lock on the QEMU
+//! process itself, an flock of `/proc/PID/cmdline`. That does not say who holds it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -59,7 +61,11 @@ pub fn run_dir() -> Result<PathBuf, Failure> {
     } else if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR") {
         PathBuf::from(dir).join("livebackup")
     } else {
-        std::env::temp_dir().join(format!("livebackup-{}", nix::unistd::geteuid()))
+        let user = nix::unistd::geteuid();
+        match PathBuf::from(format!("/run/user/{user}")) {
+            dir if dir.is_dir() => dir.join("livebackup"),
+            _ => std::env::temp_dir().join(format!("livebackup-{user}")),
+        }
     };
     durable::create_dir(&dir).map_err(|e| failed("use the directory", &dir, e))?;
     Ok(dir)
@@ -150,6 +156,7 @@ pub struct Place {
     pub sockets: PathBuf,
     _vm: Held,
     qemu: Held,
+    _process: Option<Flock<File>>,
 }
 
 impl Drop for Place {
@@ -181,6 +188,7 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
     let key = format!("{}-{}", qemu.pid, qemu.start_time);
     let mut qemu_lock = lock(&run.join(format!("qemu-{key}.lock")))?.map_err(Taken::By)?;
     qemu_lock.describe(holder)?;
+    let process = lock_process(qemu).map_err(|()| Taken::By(None))?;
     let name = directory_of_vm(&holder.vm).map_err(|e| Failure::new(FailureCode::UnknownVm, e.to_string()))?;
     let dir = state.join("vms").join(name);
     let disks = dir.join("disks");
@@ -199,10 +207,26 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
         ))
     })?;
     vm_lock.describe(holder)?;
-    sweep(&run, owner);
+    sweep(&run);
     let sockets = run.join(format!("{}-{key}", owner.short()));
     durable::create_dir(&sockets).map_err(|e| failed("make", &sockets, e))?;
-    Ok(Place { disks, known: dir.join("qemu.json"), sockets, _vm: vm_lock, qemu: qemu_lock })
+    Ok(Place { disks, known: dir.join("qemu.json"), sockets, _vm: vm_lock, qemu: qemu_lock, _process: process })
+}
+
+/// Locks a process for who looks after it, of all users of the host. Nothing where that cannot be done.
+///
+/// # Errors
+/// Another has it.
+fn lock_process(process: &Process) -> Result<Option<Flock<File>>, ()> {
+    let Ok(file) = File::open(format!("/proc/{}/cmdline", process.pid)) else { return Ok(None) };
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(()),
+        Err((_, error)) => {
+            tracing::debug!(process.pid, "the process cannot be locked: {error}");
+            Ok(None)
+        }
+    }
 }
 
 /// The holder of the QEMU behind this monitor, found without connecting: its monitor may have one place only.
@@ -240,18 +264,27 @@ fn runs(pid: i32, start_time: u64) -> bool {
     Process::of_pid(pid).is_some_and(|process| process.start_time == start_time)
 }
 
-/// Removes what this owner's sidecars left for QEMUs that have ended since: sockets, debts, named scratch files.
-fn sweep(run: &Path, owner: OwnerId) {
-    let prefix = format!("{}-", owner.short());
+/// Removes what sidecars left for QEMUs that have ended since: sockets, debts, named scratch files. Of whatever owner: a state
+/// directory may be gone for good.
+fn sweep(run: &Path) {
     for entry in fs::read_dir(run).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let key = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.split_once('-'));
-        let Some((Ok(pid), Ok(start_time))) = key.map(|(pid, time)| (pid.parse(), time.parse())) else { continue };
-        if !runs(pid, start_time) {
+        let key = name.to_str().and_then(|name| name.split_once('-')).filter(|(owner, _)| is_short_id(owner));
+        let Some((pid, start_time)) = key.and_then(|(_, key)| key.split_once('-')) else { continue };
+        let (Ok(pid), Ok(start_time)) = (pid.parse(), start_time.parse()) else { continue };
+        // Who still holds it has the end of its QEMU to see to.
+        let is_held = || matches!(lock(&run.join(format!("qemu-{pid}-{start_time}.lock"))), Ok(Err(_)));
+        if !runs(pid, start_time) && !is_held() {
             Debts::new(&entry.path()).pay_files();
             let _ = fs::remove_dir_all(entry.path());
+            let _ = fs::remove_file(run.join(format!("qemu-{pid}-{start_time}.lock")));
         }
     }
+}
+
+/// Whether this is what [`OwnerId::short`] gives.
+fn is_short_id(text: &str) -> bool {
+    text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 #[cfg(test)]
@@ -303,16 +336,32 @@ mod tests {
     #[test]
     fn what_is_left_for_ended_qemus_goes() {
         let (state, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (mine, other) = (owner(state.path()).unwrap(), owner(&state.path().join("other")).unwrap());
-        let first = Process::of_pid(1).unwrap();
-        let dir = |owner: OwnerId, time| run.path().join(format!("{}-1-{time}", owner.short()));
-        let (dead, alive, foreign) =
-            (dir(mine, first.start_time + 1), dir(mine, first.start_time), dir(other, first.start_time + 1));
+        let owner = owner(state.path()).unwrap();
+        let now = Process::of_pid(1).unwrap().start_time;
+        let dir = |time| run.path().join(format!("{}-1-{time}", owner.short()));
+        let (dead, alive, held, strange) = (dir(now + 1), dir(now), dir(now + 2), run.path().join("run-1-2"));
         let scratch = state.path().join("named-scratch");
         fs::write(&scratch, "").unwrap();
-        [&dead, &alive, &foreign].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        [&dead, &alive, &held, &strange].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
         Debts::new(&dead).owe_file(0, &scratch).unwrap();
-        sweep(run.path(), mine);
-        assert!(!dead.exists() && !scratch.exists() && alive.exists() && foreign.exists());
+        let lock_path = run.path().join(format!("qemu-1-{}.lock", now + 2));
+        let lock = lock(&lock_path).unwrap().unwrap();
+        sweep(run.path());
+        assert!(!dead.exists() && !scratch.exists() && alive.exists() && held.exists() && strange.exists());
+        drop(lock);
+        sweep(run.path());
+        assert!(!held.exists() && !lock_path.exists() && alive.exists());
+    }
+
+    #[test]
+    fn a_process_is_locked_once_whoever_asks() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::of_pid(child.id() as i32).unwrap();
+        let lock = lock_process(&process).unwrap().expect("a process can be locked");
+        assert!(lock_process(&process).is_err());
+        drop(lock);
+        assert!(lock_process(&process).is_ok());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
