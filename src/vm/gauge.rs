@@ -77,12 +77,14 @@ impl Gauge {
         let mut devices = self.devices().await;
         let is_missing =
             |(path, d): &(&String, &Device)| paths.contains(&path.as_str()) && d.write.is_none() && !d.others;
-        if devices.iter().any(|both| is_missing(&both)) {
+        let new: Vec<_> = devices.iter().filter(is_missing).map(|(path, _)| path.clone()).collect();
+        if !new.is_empty() {
             self.set(devices.iter().filter(is_missing)).await;
             devices = self.devices().await;
         }
         let mut last = self.with_last(|last| last.clone());
-        for (path, device) in devices.iter().filter(|(_, d)| d.ours) {
+        // What one has counted since this moment says nothing of the time before.
+        for (path, device) in devices.iter().filter(|(path, d)| d.ours && !new.contains(path)) {
             if let Some(write) = &device.write {
                 last.entry(path.clone()).or_insert_with(|| write.emptied());
             }
