@@ -140,6 +140,16 @@ pub struct SourceArgs {
     pub vm: Option<String>,
 }
 
+/// The exit codes in the help of every command too, on a line or two.
+pub fn with_exit_codes(cli: clap::Command) -> clap::Command {
+    let codes: Vec<_> = exit::Code::ALL.iter().map(|code| format!("{} {}", code.number(), code.name())).collect();
+    let codes = format!("Exit codes: {}; `livebackup --help` says more", codes.join(", "));
+    cli.mut_subcommands(|command| {
+        let before = command.get_after_help().map(|help| format!("{help}\n\n")).unwrap_or_default();
+        command.after_help(format!("{before}{codes}"))
+    })
+}
+
 fn help() -> String {
     let mut text = "SOURCE  qmp:PATH | qmp:HOST:PORT | livebackup://HOST:PORT/VM | unix:PATH/VM\n\
         REPO    a directory\n\

@@ -199,9 +199,13 @@ impl fmt::Display for BackupReport {
         for warning in &report.warnings {
             writeln!(f, "warning: {warning}")?;
         }
-        let read = match report.level {
-            Level::Full | Level::Copy => "read",
-            Level::Incremental | Level::Differential => "changed",
+        let (bytes, read) = match report.level {
+            Level::Full | Level::Copy => (report.read_bytes, "read"),
+            // What was scanned or audited and found the same has not changed.
+            Level::Incremental | Level::Differential => {
+                let same = report.disks.iter().map(|disk| disk.same_bytes).sum();
+                (report.read_bytes.saturating_sub(same), "changed")
+            }
         };
         let stopped = match report.durations.stopped_s {
             s if s > 0.0 => format!("; guest stopped {:.1} ms", s * 1e3),
@@ -229,7 +233,7 @@ impl fmt::Display for BackupReport {
             level_name(report.level),
             report.vm,
             count(report.disks.len(), "disk"),
-            human_bytes(report.read_bytes),
+            human_bytes(bytes),
             human_bytes(report.stored_bytes),
             report.durations.total_s,
             report.grade.name(),

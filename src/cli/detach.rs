@@ -27,7 +27,7 @@ impl fmt::Display for DetachReport {
         self.removed.iter().try_for_each(|what| writeln!(f, "removed {what}"))?;
         match self.removed.is_empty() {
             true => writeln!(f, "nothing of livebackup's was in {}", self.vm),
-            false => writeln!(f, "nothing of livebackup's is in {} any more; its next backup is full", self.vm),
+            false => writeln!(f, "nothing of livebackup's is in {} any more; its next backup reads all", self.vm),
         }
     }
 }

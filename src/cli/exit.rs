@@ -84,7 +84,7 @@ impl Code {
             Self::Failed => "it failed",
             Self::Usage => "the arguments are wrong",
             Self::NotFound => "no such VM, disk, restore point or repository",
-            Self::Busy => "another backup, server or process has it: try again later",
+            Self::Busy => "another backup, server or process has it, or the guest needs its disk: try again later",
             Self::NotIncremental => "an incremental was demanded and is not possible",
             Self::Damaged => "the repository is damaged",
             Self::NoSpace => "no space left",
@@ -235,7 +235,7 @@ fn of_pki(error: &PkiError) -> Option<Code> {
 fn of_failure(code: FailureCode) -> Option<Code> {
     match code {
         FailureCode::UnknownVm | FailureCode::UnknownDisk => Some(Code::NotFound),
-        FailureCode::Busy => Some(Code::Busy),
+        FailureCode::Busy | FailureCode::GaveWay => Some(Code::Busy),
         FailureCode::NotIncremental => Some(Code::NotIncremental),
         FailureCode::NoSpace => Some(Code::NoSpace),
         FailureCode::Denied => Some(Code::Denied),

@@ -1,4 +1,4 @@
-//! Logging: to standard error, as much as was asked for. `LIVEBACKUP_LOG` takes a filter of `tracing`.
+//! Logging: to standard error, as much as was asked for; with `--json` an object a line. `LIVEBACKUP_LOG` takes a filter of `tracing`.
 
 use std::io::IsTerminal;
 
@@ -23,7 +23,7 @@ pub fn start(global: &Global, server: bool) {
         .with_target(false);
     // A second start in one process is nobody's error.
     let _ = match global.json {
-        true => log.with_ansi(false).try_init(),
+        true => log.json().flatten_event(true).with_ansi(false).try_init(),
         false => log.try_init(),
     };
 }

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 mod args;
 mod backup;
@@ -45,7 +45,8 @@ use output::Output;
 
 /// Runs the program: reads the arguments, does what they say, prints what came of it.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let arguments = args::with_exit_codes(Cli::command()).try_get_matches();
+    let cli = match arguments.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
@@ -81,7 +82,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {
     }
     let runtime = runtime.enable_all().build()?;
     let done = runtime.block_on(async {
-        let context = Context::new(&cli.global, output, signals::watch()?)?;
+        let context = Context::new(&cli.global, output, signals::watch(cli.global.json)?)?;
         match cli.command {
             Command::Init(args) => init::run(&context, &args),
             Command::Disks(args) => disks::run(&context, &args).await,

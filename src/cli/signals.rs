@@ -2,13 +2,15 @@
 
 use std::io::Write;
 
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::exit::Code;
 
 /// Becomes true at the first Ctrl-C or SIGTERM.
-pub fn watch() -> std::io::Result<watch::Receiver<bool>> {
+/// Says so on standard error, as JSON if that is wanted.
+pub fn watch(json: bool) -> std::io::Result<watch::Receiver<bool>> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (sender, receiver) = watch::channel(false);
     tokio::spawn(async move {
@@ -21,7 +23,9 @@ pub fn watch() -> std::io::Result<watch::Receiver<bool>> {
                 // What is left in a VM is undone by the guardian, or by the next run.
                 std::process::exit(Code::Interrupted.number().into());
             }
-            let _ = writeln!(std::io::stderr(), "livebackup: ending cleanly; press Ctrl-C again to end at once");
+            let words = "ending cleanly; press Ctrl-C again to end at once";
+            let line = if json { json!({"message": words}).to_string() } else { format!("livebackup: {words}") };
+            let _ = writeln!(std::io::stderr(), "{line}");
             sender.send_replace(true);
         }
     });
