@@ -8,7 +8,7 @@ LIVEBACKUP names the program, QEMU the emulator, LIVEBACKUP_BENCH_MIB the data (
 TMPDIR where everything is put. No bar fails the run."""
 import argparse, json, mmap, os, platform, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 sys.dont_write_bytecode = True  # nothing is left beside the sources
-import domain
+import domain, picture
 from measure import MIB, GIB, KIB, QEMU, Busy, Machine, Squeezed, evict, flush, make, peak_mib, processor_seconds, stored_mib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -23,7 +23,7 @@ JOB_CPU_PER_GIB, DIRTY_JOB_SECONDS, DIRTY_JOB_CPU = 1.15, 0.26, 0.23
 # ---- the measurements ------------------------------------------------------------------------------------------------
 class Bench:
     def __init__(self, work, only):
-        self.work, self.only, self.results, self.notes = work, only, {}, []
+        self.work, self.only, self.results, self.failed, self.notes = work, only, {}, {}, []
         self.state, self.server = ["--state", f"{work}/state", "--scratch", f"{work}/scratch"], None
         os.makedirs(f"{work}/scratch")
     def quiet(self, *argv):
@@ -43,6 +43,7 @@ class Bench:
             cost, paths = run()
         except RuntimeError as e:
             print(f"  {what}: FAILED: {e}", flush=True)
+            self.failed[what] = self.failed.get(what, 0) + 1
             self.notes.append(f"{what}: failed: {str(e).strip().splitlines()[-1]}")
             return None
         cost["others"] = others.others(cost["cpu"] + cost.get("qemu", 0) + cost.get("server", 0))
@@ -478,18 +479,22 @@ def write_report(bench, args, zstd_mib, load, began):
     body += "\n" + "".join(f"\n{n}" for n in bench.notes) + "\n"
     print("\n" + body)
     os.makedirs(args.out, exist_ok=True)
+    report = {"machine": machine_text(), "storage": bench.storage, "began": began, "data_mib": DATA, "zstd_mib": zstd_mib, "load": load, "results": results,
+              "failed": bench.failed, "bars": [{"met": m, "bar": w} for m, w in met], "notes": bench.notes}
     with open(f"{args.out}/throughput.json", "w") as f:
-        json.dump({"machine": machine_text(), "began": began, "data_mib": DATA, "zstd_mib": zstd_mib, "load": load, "results": results,
-                   "bars": [{"met": m, "bar": w} for m, w in met], "notes": bench.notes}, f, indent=1)
+        json.dump(report, f, indent=1)
     if not args.only:
         with open(f"{HERE}/RESULTS.md", "w") as f:
-            f.write("# What the last `make bench-throughput` measured\n\nMeans of the columns and the bars: [README.md](README.md).\n\n```\n" + body + "```\n\n" + torture())
+            f.write(f"# What the last `make bench-throughput` measured\n\n![{picture.TITLE}](RESULTS.svg)\n\nMeans of the columns and the bars: [README.md](README.md).\n\n"
+                    f"```\n{body}```\n\n{torture()}")
+        picture.write(report, f"{HERE}/RESULTS.svg")
+    picture.write(report, f"{args.out}/throughput.svg")
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=int(os.environ.get("RUNS", "3")))
-    parser.add_argument("--only", action="append", help="only what has this in its name (RESULTS.md stays as it is)")
-    parser.add_argument("--out", default=f"{TARGET}/bench", help="where throughput.json goes")
+    parser.add_argument("--only", action="append", help="only what has this in its name (RESULTS.md and its picture stay as they are)")
+    parser.add_argument("--out", default=f"{TARGET}/bench", help="where throughput.json and throughput.svg go")
     parser.add_argument("--keep", action="store_true", help="keep the working directory")
     args = parser.parse_args()
     if not os.access(PROGRAM, os.X_OK):
@@ -533,4 +538,5 @@ def main():
         if not args.keep:
             shutil.rmtree(work)
 
-main()
+if __name__ == "__main__":
+    main()
