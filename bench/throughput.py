@@ -466,6 +466,11 @@ def torture():
     runs = "; ".join(f"{rounds} rounds on QEMU {qemu} ({when} UTC), {points} restore points, {wrong} wrong" for when, qemu, rounds, points, wrong, *_ in rows)
     return f"The longest runs of the torture test so far ([TORTURE.md](TORTURE.md)): {runs}.\n"
 
+def changes():
+    """What made livebackup faster or cheaper before this run, as a file that is kept by hand says."""
+    with open(f"{HERE}/CHANGES.md") as f:
+        return f.read().replace("# ", "## ", 1)
+
 def write_report(bench, args, zstd_mib, load, began):
     results = bench.results
     lines = [f"Date: {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(began))}; {args.runs} runs in turn, medians; {DATA} MiB of data, {SCATTERED} MiB scattered.",
@@ -486,7 +491,7 @@ def write_report(bench, args, zstd_mib, load, began):
     if not args.only:
         with open(f"{HERE}/RESULTS.md", "w") as f:
             f.write(f"# What the last `make bench-throughput` measured\n\n![{picture.TITLE}](RESULTS.svg)\n\nMeans of the columns and the bars: [README.md](README.md).\n\n"
-                    f"```\n{body}```\n\n{torture()}")
+                    f"```\n{body}```\n\n{torture()}\n{changes()}")
         picture.write(report, f"{HERE}/RESULTS.svg")
     picture.write(report, f"{args.out}/throughput.svg")
 
