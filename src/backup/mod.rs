@@ -29,6 +29,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::backup::files::Files;
 use crate::fault;
 use crate::grade::Policy;
 use crate::hooks::program::{self, About, Hook, Phase};
@@ -356,6 +357,7 @@ async fn store(
     let (started, clock) = (Timestamp::now(), Instant::now());
     let vm = sidecar.vm().to_owned();
     let here = sidecar.here().is_some();
+    let again = sidecar.again();
     let mut warnings = vec![];
     let ready = match stoppable(interrupted, go_on(&mut sidecar, repo, options, &mut warnings)).await? {
         Some(ready) => ready,
@@ -374,7 +376,8 @@ async fn store(
         _ => None,
     };
     let limit = options.limit_rate.map(Limit::new);
-    let storing = transfer::run(session, writer, wish, (chunk_bytes, limit), here, progress);
+    let files = Files { from: again, vm: &vm, repo };
+    let storing = transfer::run(session, writer, wish, (chunk_bytes, limit), here, files, progress);
     let stored = stoppable(interrupted, storing).await;
     if stored.is_err() {
         if let Some(over) = over {

@@ -2,6 +2,7 @@
 
 use crate::machine::{FoundDisk, Machine};
 use crate::vm::Vm;
+use crate::wire::boot_file::{Piece, Wanted};
 use crate::wire::message::{
     Begin, Begun, Check, Estimated, Failure, FailureCode, Reply, Request, Session, VmStatus, Waiting,
 };
@@ -30,6 +31,14 @@ pub enum Again {
 }
 
 impl Again {
+    /// Another connection, beside a session.
+    pub async fn beside(self) -> Result<Sidecar, Failure> {
+        match self {
+            Self::Local(vm) => Ok(Sidecar::Local(vm)),
+            remote => remote.open().await,
+        }
+    }
+
     /// Comes back. In this process, the last session is waited for.
     pub async fn open(self) -> Result<Sidecar, Failure> {
         match self {
@@ -107,6 +116,17 @@ impl Sidecar {
             Self::Remote(client, vm) => match client.request(Request::Status { vm: Some(vm.clone()) }).await? {
                 Reply::Status { vms } => vms.into_iter().next().ok_or_else(|| odd("`status`")),
                 _ => Err(odd("`status`")),
+            },
+        }
+    }
+
+    /// A piece of a file that the machine cannot start without.
+    pub async fn boot_file(&mut self, wanted: Wanted) -> Result<Piece, Failure> {
+        match self {
+            Self::Local(vm) => vm.boot_file(wanted).await,
+            Self::Remote(client, _) => match client.request(Request::BootFile(wanted)).await? {
+                Reply::BootFile(piece) => Ok(piece),
+                _ => Err(odd("`boot-file`")),
             },
         }
     }

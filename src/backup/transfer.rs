@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, UnboundedSender};
 
 use crate::backup::audit::Picked;
 use crate::backup::comeback::{Count, Replay};
-use crate::backup::files::{self, KeptFile};
+use crate::backup::files::{self, Files, KeptFile};
 use crate::backup::plan::{LevelChoice, Plan};
 use crate::backup::report::{Phase, Progress};
 use crate::backup::{BackupError, blocking};
@@ -111,6 +111,7 @@ pub async fn run(
     wish: Wish,
     (chunk_bytes, limit): (u32, Option<Limit>),
     here: bool,
+    files: Files<'_>,
     progress: &mut impl FnMut(Progress),
 ) -> Result<Stored, BackupError> {
     let clock = Instant::now();
@@ -132,8 +133,7 @@ pub async fn run(
             let inlet = Inlet { events: &mut events, acks: &acks, at_once: here, limit };
             receive(inlet, writer.get()?, &begun, &compared, &mut replay, progress).await
         };
-        let paths = if here { begun.machine.boot_files.as_slice() } else { &[] };
-        let kept = files::keep(writer.get()?, paths, &begun, chunk_bytes);
+        let kept = files::keep(writer.get()?, files, &begun, chunk_bytes);
         let (received, (files, warnings)) = tokio::try_join!(data, kept)?;
         fault::point("backup.sent");
         let transfer = clock.elapsed();

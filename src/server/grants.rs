@@ -92,7 +92,8 @@ impl Caller {
             | Request::Resume(_)
             | Request::Join { .. }
             | Request::Received
-            | Request::Leave { .. } => May::Backup,
+            | Request::Leave { .. }
+            | Request::BootFile(_) => May::Backup,
             Request::Detach { .. } => May::Detach,
         };
         if grants.may.contains(&needs) {

@@ -135,6 +135,7 @@ impl Service {
                 return Ok(Answer::Attached(Box::new(self.held.resume(caller, resume).await?)));
             }
             Request::Leave { vm, token } => self.held.leave(caller, &vm, token).map(|()| Reply::Left)?,
+            Request::BootFile(wanted) => Reply::BootFile(self.vm(caller, &wanted.vm).await?.boot_file(wanted).await?),
             Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
             Request::Ack(_) | Request::Received | Request::Join { .. } => {
                 return Err(Failure::new(FailureCode::Protocol, "a message of a session without one"));

@@ -35,6 +35,7 @@ use crate::wire::message::{Begin, Failure, FailureCode, LastSession, SessionStat
 mod agent;
 mod areas;
 mod attach;
+mod boot_file;
 mod carry;
 pub mod compare;
 mod descriptors;

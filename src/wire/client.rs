@@ -391,6 +391,7 @@ pub(super) fn name(reply: &Reply) -> &'static str {
         Reply::Waiting(_) => "a place in the queue",
         Reply::Sent => "\"sent\"",
         Reply::End(_) => "the end",
+        Reply::BootFile(_) => "a boot file",
         Reply::Detached { .. } => "\"detached\"",
         Reply::Failed(_) => "a failure",
     }

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use super::boot_file;
 use super::digests::{ChunkDigest, Digests};
 use super::packing::Wanted;
 use super::resume::{Lasting, Resume, Token};
@@ -64,6 +65,8 @@ pub enum Request {
         /// What was chosen for it.
         token: Token,
     },
+    /// A piece of a [boot file](boot_file).
+    BootFile(boot_file::Wanted),
     /// Remove all that the sidecar put into a VM and end its epochs.
     Detach {
         /// Which VM.
@@ -227,6 +230,8 @@ pub enum Reply {
     End(Totals),
     /// To [`Request::Leave`] outside of the session.
     Left,
+    /// To [`Request::BootFile`].
+    BootFile(boot_file::Piece),
     /// To [`Request::Detach`].
     Detached {
         /// What was removed, in words.

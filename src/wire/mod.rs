@@ -23,6 +23,7 @@
 //! Neither side believes the other: every length is bounded before memory is taken for it, and [`contract`] holds a
 //! session to what [`message`] promises.
 
+pub mod boot_file;
 pub mod client;
 pub mod contract;
 pub mod digests;
