@@ -131,6 +131,23 @@ pub fn decode(list: &[u8]) -> Vec<PackRef> {
     decoded.map_while(Result::ok).collect()
 }
 
+/// The packs of all journals: they are listed in an index when their writer ends, or by who adopts them.
+pub(crate) fn packs(layout: &Layout) -> Result<HashSet<PackId>, RepoError> {
+    let journals = layout.journal();
+    let at = || RepoError::io("list", &journals);
+    let mut found = HashSet::new();
+    for entry in fs::read_dir(&journals).map_err(at())? {
+        let path = entry.map_err(at())?.path().join(LIST);
+        let mut bytes = Vec::new();
+        // One that has just gone lists nothing.
+        if let Ok(list) = File::open(&path) {
+            list.take(MAX_JOURNAL_BYTES).read_to_end(&mut bytes).map_err(RepoError::io("read", &path))?;
+        }
+        found.extend(decode(&bytes).into_iter().map(|pack| pack.id));
+    }
+    Ok(found)
+}
+
 /// Adopts what dead writers left: see the module. Returns how many packs were found and listed.
 pub fn adopt(layout: &Layout) -> Result<usize, RepoError> {
     let journals = layout.journal();

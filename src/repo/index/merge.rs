@@ -5,14 +5,15 @@
 //! drops the doubles.
 
 use std::collections::HashMap;
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::durable::{self, DurableError, Pending, Replace};
+use crate::durable::{self, Pending, Replace};
 use crate::fault;
 use crate::repo::error::RepoError;
 use crate::repo::index::format::{HEADER_BYTES, PackRef, RawEntry, encode_header};
@@ -36,28 +37,31 @@ pub fn write(
 ) -> Result<IndexFile, RepoError> {
     let path: PathBuf = layout.index().join(PackId::random().to_string());
     let pending = Pending::create(&path)?;
-    let failed = || RepoError::io("write the index", pending.temporary());
-    let mut out = BufWriter::with_capacity(256 << 10, pending.file());
+    write_into(pending.file(), packs, entries).map_err(RepoError::io("write the index", pending.temporary()))?;
+    pending.commit(Replace::No)?;
+    fault::point("repo.index-written");
+    IndexFile::open(&path)
+}
+
+/// Writes an index into an empty file.
+pub(super) fn write_into(file: &File, packs: &[PackRef], entries: impl Iterator<Item = RawEntry>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(256 << 10, file);
     let mut crc = crc32fast::Hasher::new();
-    out.write_all(&[0; HEADER_BYTES]).map_err(failed())?;
+    out.write_all(&[0; HEADER_BYTES])?;
     let mut put = |bytes: &[u8]| {
         crc.update(bytes);
         out.write_all(bytes)
     };
-    packs.iter().try_for_each(|pack| put(&pack.encode())).map_err(failed())?;
+    packs.iter().try_for_each(|pack| put(&pack.encode()))?;
     let mut count = 0u64;
     for entry in entries {
-        put(&entry).map_err(failed())?;
+        put(&entry)?;
         count += 1;
     }
-    out.flush().map_err(failed())?;
+    out.flush()?;
     drop(out);
     let created_us = Timestamp::now().as_microsecond().max(0) as u64;
-    let header = encode_header(packs.len() as u32, count, created_us, crc.finalize());
-    pending.file().write_all_at(&header, 0).map_err(DurableError::at("write", pending.temporary()))?;
-    pending.commit(Replace::No)?;
-    fault::point("repo.index-written");
-    IndexFile::open(&path)
+    file.write_all_at(&encode_header(packs.len() as u32, count, created_us, crc.finalize()), 0)
 }
 
 /// Merges small index files if there are more than [`MAX_INDEX_FILES`]. Does nothing while another process merges.

@@ -15,6 +15,7 @@ use crate::repo::damage::{self, Marks};
 use crate::repo::digest::Digest;
 use crate::repo::error::{FormatError, RepoError};
 use crate::repo::index::format::{Header, PackRef, View};
+use crate::repo::index::heal;
 use crate::repo::layout::Layout;
 use crate::units::PackId;
 
@@ -34,9 +35,14 @@ impl IndexFile {
     /// Maps an index file and checks its header.
     pub fn open(path: &Path) -> Result<Self, RepoError> {
         let file = File::open(path).map_err(RepoError::io("open the index", path))?;
+        Self::of(&file, path)
+    }
+
+    /// The same of an open file, which `path` names.
+    pub(super) fn of(file: &File, path: &Path) -> Result<Self, RepoError> {
         // SAFETY: index files are written once, under another name, and never changed or truncated afterwards; removing
         // one leaves the mapping valid. Whatever the bytes are, `View` checks every access.
-        let map = unsafe { Mmap::map(&file) }.map_err(RepoError::io("map the index", path))?;
+        let map = unsafe { Mmap::map(file) }.map_err(RepoError::io("map the index", path))?;
         let header = Header::decode(&map).map_err(|e| e.at("index", path))?;
         Ok(Self { path: path.to_owned(), map, header, absent: HashSet::new(), marks: Arc::default() })
     }
@@ -118,10 +124,26 @@ impl IndexSet {
         Err(RepoError::Busy { who: "a process that keeps merging index files".to_owned() })
     }
 
-    /// Opens all index files, and fails if one is damaged.
+    /// Opens all index files. What a damaged one listed is read from the packs, and remembered by this set alone.
     pub fn open(layout: &Layout) -> Result<Self, RepoError> {
-        let (this, errors) = Self::open_all(layout)?;
-        errors.into_iter().next().map_or(Ok(this), Err)
+        let (mut this, errors) = Self::open_all(layout)?;
+        if errors.is_empty() {
+            return Ok(this);
+        }
+        for error in errors {
+            if heal::damaged_path(&error).is_none() {
+                return Err(error);
+            }
+            tracing::warn!("{error}; the packs are asked instead, and the next backup makes it again");
+        }
+        this.files.extend(heal::in_memory(layout, &this)?.map(Arc::new));
+        this.sort();
+        Ok(this)
+    }
+
+    /// Leaves index files out.
+    pub fn without(&self, paths: &[PathBuf]) -> Self {
+        Self { files: self.files.iter().filter(|file| !paths.contains(&file.path)).cloned().collect() }
     }
 
     /// Opens all index files for a writer: packs that are missing or not of the recorded length count as not there, and so

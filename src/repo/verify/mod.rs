@@ -9,12 +9,15 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::extent::Extent;
 use crate::repo::damage::{self, Mark};
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
+use crate::repo::index::heal;
 use crate::repo::index::set::IndexSet;
+use crate::repo::layout::Layout;
 use crate::repo::lock;
 use crate::repo::point::Manifest;
 use crate::repo::reader::Reader;
@@ -105,6 +108,11 @@ impl Report {
         self.damage.is_empty()
     }
 
+    /// Whether all can be read: what is damaged is there once more.
+    pub fn is_readable(&self) -> bool {
+        self.unreported == 0 && self.damage.iter().all(|damage| damage.intact_copy)
+    }
+
     fn add(&mut self, error: RepoError, intact_copy: bool) -> Option<usize> {
         if self.damage.len() >= MAX_REPORTED {
             self.unreported += 1;
@@ -120,15 +128,7 @@ impl Report {
 pub fn verify(repo: &Repository, scope: Scope<'_>, mut progress: impl FnMut(Progress)) -> Result<Report, RepoError> {
     let _shared = lock::shared(repo.layout())?;
     let mut report = Report::default();
-    let (index, errors) = IndexSet::open_all(repo.layout())?;
-    for error in errors {
-        report.add(error, false);
-    }
-    for file in index.files() {
-        if let Err(error) = file.view().check_body() {
-            report.add(file.error(error), false);
-        }
-    }
+    let index = index(repo.layout(), &mut report, matches!(scope, Scope::Everything))?;
     let all;
     let points = match scope {
         Scope::Points(points) => points,
@@ -156,6 +156,30 @@ pub fn verify(repo: &Repository, scope: Scope<'_>, mut progress: impl FnMut(Prog
         tracing::warn!(%error, "what is damaged cannot be marked: backups may go on to rely on it");
     }
     Ok(report)
+}
+
+/// The index, without what is damaged of it. That is made again from the packs, and so is what is lost.
+fn index(layout: &Layout, report: &mut Report, everything: bool) -> Result<IndexSet, RepoError> {
+    let (mut index, mut errors) = IndexSet::open_all(layout)?;
+    for file in index.files() {
+        errors.extend(file.view().check_body().err().map(|error| file.error(error)));
+    }
+    let damaged: Vec<_> = errors.iter().filter_map(heal::damaged_path).collect();
+    index = index.without(&damaged);
+    if everything || !damaged.is_empty() {
+        // On a medium that is read-only, say, what was found is still told.
+        let made = heal::durably(layout, &index, &damaged).or_else(|error| {
+            tracing::warn!("the index cannot be made again: {error}");
+            heal::in_memory(layout, &index)
+        });
+        if let Some(made) = made? {
+            index.add(Arc::new(made));
+        }
+    }
+    for error in errors {
+        report.add(error, false);
+    }
+    Ok(index)
 }
 
 fn all_points(repo: &Repository, report: &mut Report) -> Result<Vec<Manifest>, RepoError> {

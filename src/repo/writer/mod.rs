@@ -38,6 +38,7 @@ use crate::extent::Extent;
 use crate::limits::{MAX_DISKS, MAX_READ_BYTES};
 use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
+use crate::repo::index::heal;
 use crate::repo::index::set::IndexSet;
 use crate::repo::journal::{self, Journal};
 use crate::repo::layout::Layout;
@@ -153,6 +154,7 @@ pub struct Writer {
 impl Writer {
     pub(crate) fn begin(layout: Arc<Layout>, options: WriterOptions) -> Result<Self, RepoError> {
         let lock = lock::shared(&layout)?;
+        heal::for_writer(&layout)?;
         let adopted_packs = journal::adopt(&layout)? as u64;
         let index = Arc::new(IndexSet::open_for_writer(&layout)?);
         let journal = Journal::create(&layout)?;
