@@ -109,7 +109,9 @@ fn a_flipped_bit_costs_the_bytes_that_it_hit() {
     let ended = map.end(SIGTERM);
     assert_eq!(ended.code, Some(6), "what is damaged was asked for");
     assert!(ended.said["failed_reads"].as_u64().unwrap() >= 8);
-    let told: Vec<_> = ended.log.lines().filter(|line| line.contains("cannot be read")).collect();
+    let said = ended.log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let told: Vec<_> = said.filter_map(|said| said["message"].as_str().map(str::to_owned)).collect();
+    let told: Vec<_> = told.iter().filter(|message| message.contains("cannot be read")).collect();
     assert_eq!(told.len(), 1, "said once: {}", ended.log);
     for part in [&format!("bytes {from}..{to} of disk \"d\""), pack.to_str().unwrap(), "livebackup verify"] {
         assert!(told[0].contains(part), "{part} in {}", told[0]);

@@ -251,6 +251,25 @@ fn a_flipped_bit_in_a_manifest_is_named() {
     );
 }
 
+/// Nobody gets an older point than he has asked for.
+#[test]
+fn the_latest_is_not_guessed_where_a_manifest_is_damaged() {
+    let (_dir, path) = example();
+    let repo = Repository::open(&path).unwrap();
+    let vm = repo.vms().unwrap().remove(0);
+    let points = repo.points(&vm).unwrap().points;
+    let (first, last) = (points.first().unwrap().id, points.last().unwrap().id);
+    let file = files(&path.join("points")).into_iter().find(|file| file.to_string_lossy().contains(&last.to_string()));
+    flip(&file.unwrap(), |len| len / 2);
+    for name in ["latest", "latest~1"] {
+        let error = repo.find_point(&vm, name).unwrap_err();
+        assert!(matches!(&error, RepoError::LatestUnknown { .. }), "{error}");
+        assert!(error.to_string().contains("is damaged"), "{error}");
+    }
+    assert_eq!(repo.find_point(&vm, &first.to_string()).unwrap().id, first);
+    assert_eq!(repo.find_point(&vm, &first.to_string()[..8]).unwrap().id, first);
+}
+
 #[test]
 fn what_is_no_repository_is_said_to_be_none() {
     let dir = tempfile::tempdir().unwrap();

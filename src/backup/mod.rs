@@ -216,7 +216,7 @@ pub async fn run(
         {
             lost += 1;
             let warning = format!("{failure}; the backup was begun anew, with another instant");
-            tracing::warn!(%vm, "{warning}");
+            tracing::warn!(%vm, "{failure}; the backup begins anew");
             told.push(warning);
         } else if let Some(plan) = plan
             && let Some(found) = doubt(&repo, &vm, error, plan, options.audit_permille > 0).await?

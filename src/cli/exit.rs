@@ -177,7 +177,14 @@ fn of_repository(error: &RepoError) -> Option<Code> {
     match error {
         RepoError::NotARepository { .. } | RepoError::NoPoint { .. } => Some(Code::NotFound),
         RepoError::VmBusy { .. } | RepoError::Busy { .. } => Some(Code::Busy),
-        RepoError::Corrupt { .. } | RepoError::DamagedBlob { .. } | RepoError::Missing { .. } => Some(Code::Damaged),
+        RepoError::Corrupt { .. }
+        | RepoError::DamagedBlob { .. }
+        | RepoError::Missing { .. }
+        | RepoError::LatestUnknown { .. } => Some(Code::Damaged),
+        // A pack that an index lists is gone.
+        RepoError::Io { what: "open the pack", source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Some(Code::Damaged)
+        }
         RepoError::Failed(error) => of_repository(error),
         _ => None,
     }

@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     let output = Output { json: cli.global.json, quiet: cli.global.quiet };
     logging::start(&cli.global, matches!(cli.command, Command::Serve(_)));
     let code = run(cli, output).unwrap_or_else(|error| output.error(&error));
-    code.into()
+    output.checked(code).into()
 }
 
 /// Arguments that mean nothing, or a demand for help.

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
@@ -27,9 +28,25 @@ struct ErrorBody<'a> {
     message: String,
 }
 
-/// Prints a line; nobody may be reading any more, as behind `| head`.
-fn line(mut to: impl Write, text: impl Display) {
-    let _ = writeln!(to, "{text}").and_then(|()| to.flush());
+/// Set once nobody reads standard output any more, as behind `| head`.
+static CLOSED: AtomicBool = AtomicBool::new(false);
+/// Set once something could not be printed there.
+static LOST: AtomicBool = AtomicBool::new(false);
+
+fn line(mut to: impl Write, text: impl Display) -> io::Result<()> {
+    writeln!(to, "{text}").and_then(|()| to.flush())
+}
+
+/// Prints a line on standard output. A script must not take a report that was cut off for a whole one.
+fn say(text: impl Display) {
+    match line(io::stdout().lock(), text) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => CLOSED.store(true, Ordering::Relaxed),
+        Err(error) => {
+            LOST.store(true, Ordering::Relaxed);
+            let _ = line(io::stderr().lock(), format_args!("livebackup: the report cannot be written: {error}"));
+        }
+    }
 }
 
 impl Output {
@@ -37,7 +54,7 @@ impl Output {
     pub fn print(&self, report: &(impl Serialize + Display)) {
         match self.json {
             true => self.json_line(report),
-            false => line(io::stdout().lock(), report.to_string().trim_end_matches('\n')),
+            false => say(report.to_string().trim_end_matches('\n')),
         }
     }
 
@@ -50,9 +67,19 @@ impl Output {
 
     fn json_line(&self, report: &impl Serialize) {
         match serde_json::to_string(report) {
-            Ok(text) => line(io::stdout().lock(), text),
-            Err(error) => line(io::stderr().lock(), format_args!("livebackup: the report is no JSON: {error}")),
+            Ok(text) => say(text),
+            Err(error) => drop(line(io::stderr().lock(), format_args!("livebackup: the report is no JSON: {error}"))),
         }
+    }
+
+    /// Whether nobody reads any more.
+    pub fn is_closed(&self) -> bool {
+        CLOSED.load(Ordering::Relaxed)
+    }
+
+    /// The code to end with: what was printed may not have arrived.
+    pub fn checked(&self, code: Code) -> Code {
+        if code == Code::Good && LOST.load(Ordering::Relaxed) { Code::Failed } else { code }
     }
 
     /// Prints an error, and gives the code to end with.
@@ -61,7 +88,7 @@ impl Output {
         let message = message(error);
         match self.json {
             true => self.json_line(&ErrorReport { error: ErrorBody { code: code.name(), message } }),
-            false => line(io::stderr().lock(), format_args!("livebackup: {message}")),
+            false => drop(line(io::stderr().lock(), format_args!("livebackup: {message}"))),
         }
         code
     }

@@ -174,7 +174,7 @@ async fn of_this_host(context: &Context, monitor: Option<&str>, watch: bool) -> 
     loop {
         let looking = async { Ok::<_, anyhow::Error>(held::on_this_host(context, monitor).await) };
         context.output.print(&context.unless_interrupted(looking).await?);
-        if !watch || !look_again(context).await {
+        if !watch || context.output.is_closed() || !look_again(context).await {
             return Ok(Code::Good);
         }
     }
@@ -202,7 +202,7 @@ pub async fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Code> {
             Asked::One(_) => reports.drain(..).for_each(|report| context.output.print(&report)),
             Asked::All(_) => context.output.print(&ServerReport { vms: reports }),
         }
-        if !args.watch {
+        if !args.watch || context.output.is_closed() {
             return Ok(Code::Good);
         }
         before = now;

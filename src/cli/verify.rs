@@ -55,7 +55,7 @@ impl From<Report> for VerifyReport {
             affected: damage.affected.iter().map(ToString::to_string).collect(),
         };
         Self {
-            intact: report.is_intact(),
+            intact: report.is_readable(),
             points: report.points,
             packs: report.packs,
             chunks: report.blobs,
@@ -95,6 +95,10 @@ impl fmt::Display for VerifyReport {
         let chunks = count(self.chunks as usize, "chunk");
         match self.damage.len() {
             0 => writeln!(f, "intact: {points}, {chunks}, {bytes} read"),
+            n if self.intact => {
+                let places = count(n, "damaged place");
+                writeln!(f, "intact: {points}, {chunks}, {bytes} read; {places}, and other packs hold what was there")
+            }
             n => writeln!(
                 f,
                 "DAMAGED: {} in {points}, {chunks}, {bytes} read; a full backup, or a scan, stores what is missing anew",

@@ -121,6 +121,18 @@ pub enum RepoError {
         /// What was looked for.
         digest: Digest,
     },
+    /// Points of a VM cannot be read, and the latest may be one of them.
+    #[error(
+        "which point of {vm:?} is the latest cannot be said: {source}; name one: the newest that can be read is {newest}"
+    )]
+    LatestUnknown {
+        /// Which VM.
+        vm: String,
+        /// What is wrong with one of them.
+        source: Box<RepoError>,
+        /// The id of the newest one that can be read, shortened.
+        newest: String,
+    },
     /// A part of what a disk goes on from cannot be read.
     #[error("what disk {disk} goes on from cannot be read: {source}")]
     BaseLost {

@@ -15,11 +15,12 @@
 //! stale. The files stay (removing a lock file while another process opens it would give two holders). The exclusive
 //! holder of a lock writes who it is into it, for messages only. **Network file systems:** NFS (v4, or v3 with its lock
 //! daemon) and CIFS carry `flock` between hosts, some FUSE file systems keep it to one host; a file system that has none
-//! is refused ([`RepoError::NoLocks`]), one that is remote is warned about, since it may lie.
+//! is refused ([`RepoError::NoLocks`]), one that is remote is warned about, since it may lie. **Read-only media:** who only reads
+//! locks a file that is there, or its directory.
 
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -80,6 +81,14 @@ enum Refusal {
 
 fn take(path: &Path, exclusive: bool) -> Result<Lock, Refusal> {
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    let open = match open {
+        // Who only reads may have a repository that it cannot write to. Whoever can, holds these locks all the same.
+        Err(e) if !exclusive && matches!(e.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied) => {
+            let instead = || path.parent().map_or_else(|| Err(e), File::open);
+            File::open(path).or_else(|_| instead())
+        }
+        opened => opened,
+    };
     let mut file = open.map_err(|e| Refusal::Error(RepoError::io("open the lock file", path)(e)))?;
     let taken = if exclusive { file.try_lock() } else { file.try_lock_shared() };
     match taken {
@@ -192,5 +201,13 @@ mod tests {
         let _held = vm(&layout, "a").unwrap();
         std::fs::write(layout.locks().join("vm-a"), b"\xff\0{").unwrap();
         assert!(matches!(vm(&layout, "a"), Err(RepoError::VmBusy { .. })));
+    }
+
+    /// sysfs lets nobody make a file, root neither.
+    #[test]
+    fn who_only_reads_locks_what_it_cannot_write_to() {
+        let path = Path::new("/sys/livebackup");
+        assert!(take(path, false).is_ok());
+        assert!(matches!(take(path, true), Err(Refusal::Error(RepoError::Io { .. }))));
     }
 }

@@ -110,18 +110,20 @@ impl Repository {
             tracing::warn!(%error, "a restore point cannot be read");
         }
         let count = points.len();
-        if count == 0 {
-            return Err(no(match damaged.into_iter().next() {
-                Some(error) => format!("no point of the VM can be read: {error}"),
-                None => "the VM has no restore points here".to_owned(),
-            }));
-        }
+        let damaged = damaged.into_iter().next();
+        let Some(newest) = points.last().map(|point| point.id.short()) else {
+            return Err(damaged.unwrap_or_else(|| no("the VM has no restore points here".to_owned())));
+        };
         if let Some(back) = text.strip_prefix("latest") {
             let back = match back.strip_prefix('~') {
                 Some(number) => number.parse().map_err(|_| no("after `latest~` comes a number".to_owned()))?,
                 None if back.is_empty() => 0usize,
                 None => return Err(no("it is `latest` or `latest~N`".to_owned())),
             };
+            // Nobody gets an older one without a word.
+            if let Some(source) = damaged.map(Box::new) {
+                return Err(RepoError::LatestUnknown { vm: vm.to_owned(), source, newest: newest.to_string() });
+            }
             let at = count.checked_sub(back.saturating_add(1));
             return at.map(|at| points.swap_remove(at)).ok_or_else(|| no(format!("there are only {count} points")));
         }

@@ -199,6 +199,10 @@ impl Vm {
             ));
         }
         let graph = self.found().await?;
+        let skips = options.skip.iter().filter_map(|skip| skip.disk.as_deref());
+        let unknown = skips.filter(|name| graph.disk(name).is_none());
+        let unknown: Vec<_> =
+            unknown.map(|name| format!("nothing is left out of disk {name:?}: there is none")).collect();
         let chosen = select::disks(&graph.disks, begin)?;
         let at_work: Vec<_> =
             graph.foreign.iter().filter(|f| chosen.iter().any(|d| d.name == f.disk)).map(ToString::to_string).collect();
@@ -246,7 +250,9 @@ impl Vm {
         let left_out =
             graph.disks.into_iter().filter(|d| !disks.iter().any(|(_, b)| b.disk.name == d.disk.name)).collect();
         crate::fault::point("vm.begun");
-        Ok(Opened { fleece, disks, left_out, evidence: quiet.evidence(), meter, pace })
+        let mut evidence = quiet.evidence();
+        evidence.reasons.extend(unknown);
+        Ok(Opened { fleece, disks, left_out, evidence, meter, pace })
     }
 
     /// Makes the checkpoints durable, and the disks readable.

@@ -319,8 +319,9 @@ fn broken(disk: &str, error: &SourceError) -> Failure {
     Failure::new(
         FailureCode::Broken,
         format!(
-            "the point in time of disk {disk} was lost ({error}): its scratch was full or too slow, or somebody changed the \
-             disk's chain; the guest was not harmed; run the backup again, with --scratch on a faster or larger file system"
+            "the point in time of disk {disk} was lost ({error}): its scratch was full or too slow, somebody changed the \
+             disk's chain, or the disk cannot be read there (the host's log says so then); the guest was not harmed; run the \
+             backup again, with --scratch on a faster or larger file system"
         ),
     )
 }
