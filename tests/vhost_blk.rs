@@ -8,7 +8,6 @@ mod vhost_fixture;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use livebackup::block::{BlockSource, SourceError, SourceRules};
 use livebackup::extent::Extent;
-use livebackup::vhost::{StillHeld, VhostError, VhostSource, wait_until_free};
+use livebackup::vhost::{StillHeld, VhostError, VhostSource};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -416,69 +415,4 @@ fn export_on_fd(qemu: &Qemu, listener: &UnixListener) {
     let arguments = json!({"id": "e0", "type": "vhost-user-blk", "node-name": "snap", "writable": true,
         "addr": {"type": "fd", "str": "lbvu"}});
     send(json!({"execute": "block-export-add", "arguments": arguments}), &[]);
-}
-
-const CHILD_SOCKET: &str = "LIVEBACKUP_TEST_VHOST_CHILD";
-
-/// What the next test starts, as a process of its own, and kills.
-fn read_for_ever(socket: &str) {
-    let size: u64 = std::env::var("LIVEBACKUP_TEST_VHOST_SIZE").unwrap().parse().unwrap();
-    let version = if std::env::var("LIVEBACKUP_TEST_VHOST_V7").is_ok() { Version::V7 } else { Version::V10 };
-    let source = VhostSource::connect(socket.as_ref(), size, rules(version)).unwrap();
-    block_on(async {
-        let mut count = 0u64;
-        let reads = (0..)
-            .map(|i: u64| source.read(Extent::new(i * 64 * KIB % (size / MIB * MIB), MIB.min(64 * KIB + i % 9 * 512))));
-        let mut reads = futures_util::stream::iter(reads).buffered(64);
-        while let Some(got) = reads.next().await {
-            got.unwrap();
-            count += 1;
-            if count == 50 {
-                eprintln!("reading");
-            }
-        }
-    });
-}
-
-#[test]
-fn a_reader_killed_in_mid_read_leaves_qemu_alive_and_the_export_usable() {
-    if let Ok(socket) = std::env::var(CHILD_SOCKET) {
-        return read_for_ever(&socket);
-    }
-    each(|version, device| {
-        let mut fleece = Fleece::open(version, device, ODD_SIZE);
-        let mut rng = Rng::new();
-        for round in 0..4 {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            let me = "a_reader_killed_in_mid_read_leaves_qemu_alive_and_the_export_usable";
-            command.args(["--exact", me, "--nocapture"]);
-            command.env(CHILD_SOCKET, fleece.socket()).env("LIVEBACKUP_TEST_VHOST_SIZE", ODD_SIZE.to_string());
-            if version == Version::V7 {
-                command.env("LIVEBACKUP_TEST_VHOST_V7", "1");
-            }
-            let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-            let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-            let line = lines.find(|l| l.as_ref().is_ok_and(|l| l == "reading"));
-            assert!(line.is_some(), "the child ended early");
-            std::thread::sleep(Duration::from_micros(rng.below(20_000)));
-            child.kill().unwrap();
-            child.wait().unwrap();
-            if round % 2 == 0 {
-                fleece.write_somewhere(&mut rng);
-                assert!(fleece.qemu.alive());
-                let source = fleece.connect();
-                block_on(expect_whole(&source, &fleece.bytes, MIB));
-                block_on(source.close()).unwrap();
-                continue;
-            }
-            // Even now the export can be deleted, in any QEMU.
-            wait_until_free(&fleece.socket(), Duration::from_secs(10)).unwrap();
-            fleece.qemu.qmp("block-export-del", json!({"id": "e0", "mode": "hard"}));
-            let qemu = &mut fleece.qemu;
-            wait_until("the export to go", || qemu.exports().is_empty());
-            let address = json!({"type": "unix", "path": fleece.socket()});
-            fleece.export(address);
-        }
-        fleece.take_down();
-    });
 }

@@ -177,7 +177,7 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Reads everything in pieces of `len_bytes`, 16 at once, and compares.
-pub async fn expect_whole(source: &VhostSource, bytes: &[u8], len_bytes: u64) {
+pub async fn expect_whole(source: &dyn BlockSource, bytes: &[u8], len_bytes: u64) {
     use futures_util::StreamExt;
     let whole = Extent::new(0, bytes.len() as u64);
     let reads = whole.split_at_multiples(len_bytes).map(|e| async move { (e, source.read(e).await) });
