@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 const WRITERS: usize = 4;
 /// Size of the part of a disk where a writer works for a while.
 const REGION: usize = 128 << 10;
@@ -87,7 +87,7 @@ impl Writer<'_> {
         // One in eight into a part where all of them meet; else into a region of the writer's, which moves on now and then:
         // so that a backup does not need all of a disk.
         let size = shared.sizes[disk];
-        if self.log.len() % 32 == 0 {
+        if self.log.len().is_multiple_of(32) {
             self.region = rng.next() as usize;
         }
         let region = if rng.below(8) == 0 { 0 } else { self.region % (size - REGION) / BLOCK * BLOCK };
@@ -192,8 +192,8 @@ fn contents(qemu: &mut Qemu, shared: &Shared) -> [Vec<u8>; 2] {
 fn torture(version: Version, transport: &str) {
     let mut rng = Rng::new();
     let rounds = std::env::var("LIVEBACKUP_ROUNDS").map_or(ROUNDS, |r| r.parse().expect("a number"));
-    let raw = (8 << 20) + 65536 * rng.below(20) + 512 * rng.below(128);
-    let sizes = [raw, (8 << 20) + 65536 * rng.below(20)].map(|size| size as usize);
+    let raw = (6 << 20) + 65536 * rng.below(20) + 512 * rng.below(128);
+    let sizes = [raw, (6 << 20) + 65536 * rng.below(20)].map(|size| size as usize);
     let chunk = ["64KiB", "128KiB", "1MiB"][rng.below(3) as usize];
     // A disk of an I/O thread is not read over NBD from this QEMU, which would not survive it.
     let iothread = (version, transport) != (Version::V7, "nbd") && rng.below(2) == 0;
