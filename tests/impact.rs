@@ -120,7 +120,7 @@ async fn counts(version: Version) {
         assert_eq!(totals.impact.len(), 3);
         assert_eq!(counted(&histogram(&mut qemu, 0, "wr")), all, "ours is never set again");
     }
-    let removed = vm.detach().await.unwrap();
+    let (removed, _) = vm.detach(false).await.unwrap();
     assert!(removed.iter().any(|what| what.contains("histogram")), "{removed:?}");
     assert_others_only(&mut qemu, all);
     assert!(qemu.alive());

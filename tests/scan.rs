@@ -505,3 +505,28 @@ fn a_disk_that_is_shrunk_and_grown_meanwhile() {
         assert!(setting.restored("latest") == setting.image());
     }
 }
+
+/// A backup was killed, and what livebackup knew is gone: nobody else's is taken out by itself, but by who says so.
+#[test]
+fn what_a_lost_state_has_left_is_taken_out_on_demand() {
+    let mut setting = Setting::new(Version::V10, Way::Here, 4 * MIB);
+    setting.qemu.write(0, 4 * MIB, 5);
+    setting.backup(&[]);
+    let mut killed = setting.command(&["backup", &setting.source, &setting.repo]);
+    let out = killed.env("LIVEBACKUP_KILL_AT", "backup.begun").output().unwrap();
+    assert!(!out.status.success() && setting.qemu.nodes().iter().any(|node| node.ends_with("-cbw0")));
+    std::fs::remove_dir_all(&setting.state).unwrap();
+    let out = setting.command(&["backup", &setting.source, &setting.repo]).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.code() == Some(4) && said.contains("livebackup detach --all"), "{said}");
+    let report = setting.json(&["detach", &setting.source]);
+    assert!(report["left"][0].as_str().unwrap().contains("-cbw0"), "{report}");
+    let report = setting.json(&["detach", "--all", &setting.source]);
+    assert_eq!(report["left"].as_array().unwrap().len(), 0, "{report}");
+    assert!(setting.qemu.nodes().iter().all(|node| !node.starts_with("livebackup-")), "{:?}", setting.qemu.nodes());
+    assert_eq!((setting.qemu.exports(), setting.qemu.bitmaps()), (vec![], vec![]));
+    setting.qemu.write(MIB, 512, 6);
+    let (report, _) = setting.backup(&[]);
+    assert_eq!(report["disks"][0]["taken"], "scan", "{report}");
+    assert!(setting.restored("latest") == setting.image());
+}

@@ -299,7 +299,7 @@ async fn an_epoch_ends_when_the_proof_is_gone_and_says_why() {
     let status = vm.status().await;
     assert!(status.disks[0].last_end.as_ref().unwrap().contains("smaller and larger"), "{status:?}");
     assert_clean(&mut qemu);
-    assert!(!vm.detach().await.unwrap().is_empty());
+    assert!(!vm.detach(false).await.unwrap().0.is_empty());
     assert!(qemu.bitmaps().is_empty());
 }
 

@@ -58,7 +58,7 @@ async fn a_client_gets_what_it_was_granted_and_hears_of_nothing_else() {
     assert!(unknown.message.contains("vm1, vm3"), "{unknown}");
     let Reply::Status { vms } = client.request(Request::Status { vm: None }).await.unwrap() else { panic!() };
     assert_eq!(vms.len(), 2);
-    let denied = client.request(Request::Detach { vm: "vm1".into() }).await.unwrap_err();
+    let denied = client.request(Request::Detach { vm: "vm1".into(), all: false }).await.unwrap_err();
     assert_eq!(denied.code, FailureCode::Denied, "{denied}");
 
     // Known to the authority, unknown to the configuration.

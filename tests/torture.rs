@@ -42,8 +42,8 @@ struct Shared {
     version: Version,
     paths: [&'static str; 2],
     sizes: [usize; 2],
-    /// Whether the second disk belongs to an I/O thread. `aio_write` is for disks of QEMU's main loop: the end of one to
-    /// another thread's disk may be lost.
+    /// Whether the second disk belongs to an I/O thread. Such a disk gets no `aio_write`: QEMU 7.2 hung with `aio_write` and
+    /// `aio_flush` on it.
     iothread: bool,
     clock: AtomicU64,
     end: AtomicBool,

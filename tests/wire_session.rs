@@ -523,7 +523,7 @@ async fn noise_at_either_end_is_only_an_error() {
         let dropped = Arc::default();
         let serving = serve_connection(Stream::new(far, "noise"), timing, |request| match request {
             Request::Begin(_) | Request::List => handle(request, to_test.clone(), Arc::clone(&dropped)),
-            _ => handle(Request::Detach { vm: "x".into() }, to_test.clone(), Arc::clone(&dropped)),
+            _ => handle(Request::Detach { vm: "x".into(), all: false }, to_test.clone(), Arc::clone(&dropped)),
         });
         let _ = timeout(LONG, serving).await.expect("it ends");
         drop(to_test);

@@ -131,12 +131,13 @@ impl Sidecar {
         }
     }
 
-    /// Removes all that a sidecar put into the VM. Says what that was.
-    pub async fn detach(&mut self) -> Result<Vec<String>, Failure> {
+    /// Removes all that the sidecar put into the VM, and with `all` what others have left. Says what was removed, and what
+    /// is still there of others.
+    pub async fn detach(&mut self, all: bool) -> Result<(Vec<String>, Vec<String>), Failure> {
         match self {
-            Self::Local(vm) => vm.detach().await,
-            Self::Remote(client, vm) => match client.request(Request::Detach { vm: vm.clone() }).await? {
-                Reply::Detached { removed } => Ok(removed),
+            Self::Local(vm) => vm.detach(all).await,
+            Self::Remote(client, vm) => match client.request(Request::Detach { vm: vm.clone(), all }).await? {
+                Reply::Detached { removed, left } => Ok((removed, left)),
                 _ => Err(odd("`detach`")),
             },
         }

@@ -103,7 +103,7 @@ pub enum Command {
     Status(status::StatusArgs),
     /// Check what a backup needs, on this host and in a VM
     Doctor(doctor::DoctorArgs),
-    /// Remove all that livebackup put into a VM; the next backup is a full one
+    /// Remove all that livebackup put into a VM; the next backup reads all
     Detach(detach::DetachArgs),
     /// Measure what backups cost
     Bench(bench::BenchArgs),

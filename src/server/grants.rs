@@ -124,13 +124,13 @@ mod tests {
         assert!(client(&["*"], &[]).sees("anything") && !client(&[], &May::USUAL).sees("vm1"));
         one.check(&Request::List).unwrap();
         one.check(&Request::Begin(Default::default())).unwrap();
-        let denied = one.check(&Request::Detach { vm: "vm1".into() }).unwrap_err();
+        let denied = one.check(&Request::Detach { vm: "vm1".into(), all: false }).unwrap_err();
         assert!(denied.code == FailureCode::Denied && denied.message.contains("\"detach\""), "{denied}");
         let watcher = client(&["vm1"], &[May::List]);
         watcher.check(&Request::Estimate(Default::default())).unwrap();
         assert!(watcher.check(&Request::Begin(Default::default())).is_err());
         assert!(client(&["*"], &[May::Backup]).check(&Request::Status { vm: None }).is_err());
         let local = Caller::Local("root".into());
-        assert!(local.sees("vm1") && local.check(&Request::Detach { vm: "vm1".into() }).is_ok());
+        assert!(local.sees("vm1") && local.check(&Request::Detach { vm: "vm1".into(), all: true }).is_ok());
     }
 }

@@ -136,7 +136,10 @@ impl Service {
             }
             Request::Leave { vm, token } => self.held.leave(caller, &vm, token).map(|()| Reply::Left)?,
             Request::BootFile(wanted) => Reply::BootFile(self.vm(caller, &wanted.vm).await?.boot_file(wanted).await?),
-            Request::Detach { vm } => Reply::Detached { removed: self.vm(caller, &vm).await?.detach().await? },
+            Request::Detach { vm, all } => {
+                let (removed, left) = self.vm(caller, &vm).await?.detach(all).await?;
+                Reply::Detached { removed, left }
+            }
             Request::Ack(_) | Request::Received | Request::Join { .. } => {
                 return Err(Failure::new(FailureCode::Protocol, "a message of a session without one"));
             }

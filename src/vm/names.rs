@@ -19,6 +19,18 @@ impl Names {
         Self { prefix: format!("livebackup-{}-", owner.short()), mark: u32::from_be_bytes([a, b, c, d]) }
     }
 
+    /// The names of the owner of this one, if it is one of livebackup's.
+    pub fn of(name: &str) -> Option<Self> {
+        let owner = name.strip_prefix("livebackup-")?.split_once('-')?.0;
+        let mark = u32::from_str_radix(owner, 16).ok().filter(|_| owner.len() == 8)?;
+        Some(Self { prefix: format!("livebackup-{owner}-"), mark })
+    }
+
+    /// The owner's short id.
+    pub fn owner(&self) -> &str {
+        self.prefix.trim_start_matches("livebackup-").trim_end_matches('-')
+    }
+
     /// What all of them start with.
     pub fn prefix(&self) -> &str {
         &self.prefix
@@ -111,5 +123,11 @@ mod tests {
         assert_eq!(names.checkpoint_of(&names.since(id)), Some(id));
         assert_eq!(names.checkpoint_of(&names.sentinel()), None);
         assert!(!names.is_ours(&Names::new(OwnerId::random()).filter(0)));
+        let same = Names::of(&names.since(id)).unwrap();
+        assert_eq!((same.prefix(), same.mark()), (names.prefix(), names.mark()));
+        assert!(names.prefix().contains(same.owner()) && same.owner().len() == 8);
+        for other in ["livebackup-run", "livebackup-12-x", "livebackup-zzzzzzzz-cbw0", "cbw0"] {
+            assert!(Names::of(other).is_none(), "{other}");
+        }
     }
 }

@@ -1,9 +1,12 @@
 //! Status and detach.
 
+use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use jiff::Timestamp;
+use serde_json::{Value, json};
 
+use super::names::Names;
 use super::tracking::Bench;
 use super::{Vm, internal, qemu_failed, tracking, undo};
 use crate::checkpoint::Medium;
@@ -76,9 +79,56 @@ impl Vm {
         }
     }
 
-    /// Takes everything of ours out of QEMU, bitmaps too, and ends the epochs. Says what it removed.
-    pub async fn detach(&self) -> Result<Vec<String>, Failure> {
+    /// Takes everything of ours out of QEMU, bitmaps too, and ends the epochs. With `all`, also what livebackups with other
+    /// state directories have left there: none of them is alive, since we have the QEMU. Says what it removed, and what of theirs
+    /// is still there.
+    pub async fn detach(&self, all: bool) -> Result<(Vec<String>, Vec<String>), Failure> {
         let _guard = self.claim()?;
+        let mut of_others = vec![];
+        if all {
+            of_others = self.remove_others().await?;
+        }
+        let mut removed = self.detach_ours().await?;
+        removed.extend(of_others);
+        let left = self.others().await?;
+        let left = left.iter().map(|(owner, names)| format!("{} of livebackup {owner}", names.join(", ")));
+        Ok((removed, left.collect()))
+    }
+
+    /// By other owner's short id the names of what is in QEMU of theirs.
+    async fn others(&self) -> Result<BTreeMap<String, Vec<String>>, Failure> {
+        let monitor = self.monitor();
+        let exports = monitor.raw("query-block-exports", json!({})).await.map_err(qemu_failed)?;
+        let nodes = monitor.raw("query-named-block-nodes", json!({"flat": true})).await.map_err(qemu_failed)?;
+        let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+        let of_nodes = list(&nodes).into_iter().flat_map(|node| {
+            let bitmaps = list(&node["dirty-bitmaps"]).into_iter().map(|bitmap| bitmap["name"].clone());
+            bitmaps.chain([node["node-name"].clone()]).collect::<Vec<_>>()
+        });
+        let mut found = BTreeMap::<String, Vec<String>>::new();
+        for name in list(&exports).into_iter().map(|export| export["id"].clone()).chain(of_nodes) {
+            let Some(name) = name.as_str().filter(|name| !self.names().is_ours(name)) else { continue };
+            if let Some(names) = Names::of(name) {
+                found.entry(names.owner().to_owned()).or_default().push(name.to_owned());
+            }
+        }
+        Ok(found)
+    }
+
+    async fn remove_others(&self) -> Result<Vec<String>, Failure> {
+        let (monitor, sockets) = (self.monitor(), &self.inner.place.sockets);
+        let mut removed = vec![];
+        for (owner, found) in self.others().await? {
+            let Some(names) = found.first().and_then(|name| Names::of(name)) else { continue };
+            let key = sockets.file_name().and_then(|name| name.to_str()?.split_once('-')).map_or("", |(_, key)| key);
+            let theirs = sockets.with_file_name(format!("{owner}-{key}"));
+            removed.extend(undo::remove_all(monitor, &names, &theirs).await.map_err(Failure::from)?);
+            removed.extend(self.remove_bitmaps(&names).await?);
+        }
+        Ok(removed)
+    }
+
+    async fn detach_ours(&self) -> Result<Vec<String>, Failure> {
         let (monitor, names) = (self.monitor(), self.names());
         let mut removed = undo::remove_all(monitor, names, &self.inner.place.sockets).await.map_err(Failure::from)?;
         removed.extend(self.inner.gauge.switch_off().await.map_err(qemu_failed)?);
@@ -87,6 +137,14 @@ impl Vm {
             let mut log = tracking::open_log(&self.inner.place.disks, &found.disk.name)?;
             log.end_epoch("livebackup was detached from the virtual machine").map_err(internal)?;
         }
+        removed.extend(self.remove_bitmaps(names).await?);
+        Ok(removed)
+    }
+
+    /// Removes an owner's bitmaps.
+    async fn remove_bitmaps(&self, names: &Names) -> Result<Vec<String>, Failure> {
+        let (monitor, graph) = (self.monitor(), self.graph().await?);
+        let mut removed = vec![];
         for node in graph.node_names() {
             if graph.bitmaps(node).iter().any(|b| b.persistent) {
                 // Taking one out of the image flushes it with QEMU's main loop held.

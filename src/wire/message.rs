@@ -71,6 +71,9 @@ pub enum Request {
     Detach {
         /// Which VM.
         vm: String,
+        /// Also what sidecars with other state directories have left.
+        #[serde(default)]
+        all: bool,
     },
 }
 
@@ -236,6 +239,9 @@ pub enum Reply {
     Detached {
         /// What was removed, in words.
         removed: Vec<String>,
+        /// What sidecars with other state directories have left and is still there, in words.
+        #[serde(default)]
+        left: Vec<String>,
     },
     /// The request or session failed.
     Failed(Failure),

@@ -292,7 +292,9 @@ impl Graph {
                 }
                 let driver = self.nodes.get(name).map_or("", |n| n.driver.as_str());
                 if name.starts_with("livebackup-") {
-                    found.push(foreign(format!("node {name:?} belongs to another livebackup")));
+                    found.push(foreign(format!(
+                        "node {name:?} belongs to another livebackup (if its state directory is lost, `livebackup detach --all` removes it)"
+                    )));
                 } else if matches!(driver, "copy-before-write" | "snapshot-access" | "backup-top") {
                     found.push(foreign(format!("another tool's {driver} node {name:?}")));
                 }
