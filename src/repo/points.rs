@@ -235,7 +235,8 @@ mod tests {
         let listing = repo.points("v").unwrap();
         assert_eq!((listing.points.len(), listing.damaged.len()), (1, 1));
         assert!(listing.damaged[0].to_string().contains(&two.id.to_string()));
-        assert_eq!(repo.find_point("v", "latest").unwrap().id, one.id);
+        assert!(matches!(repo.find_point("v", "latest"), Err(RepoError::LatestUnknown { .. })));
+        assert_eq!(repo.find_point("v", &one.id.to_string()[..8]).unwrap().id, one.id);
         assert!(matches!(repo.find_point("v", &two.id.to_string()), Err(RepoError::Corrupt { .. })));
         fs::copy(repo.layout().point("v", one.id).unwrap(), &path).unwrap();
         assert_eq!(repo.points("v").unwrap().damaged.len(), 1);

@@ -25,6 +25,7 @@
 
 pub mod boot_file;
 pub mod client;
+mod common;
 pub mod contract;
 pub mod digests;
 pub mod frame;
@@ -47,5 +48,6 @@ pub mod unheard;
 pub mod writer;
 
 pub use client::{Address, Client, Door};
+pub use common::Common;
 pub use link::{Stream, Timing};
-pub use server::{Answer, Common, serve_connection, serve_with};
+pub use server::{Answer, serve_connection, serve_with};

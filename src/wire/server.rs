@@ -17,21 +17,22 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::client::place_of;
+use super::common::Common;
 use super::contract::{Acks, Breach, Given, check_begin};
 use super::digests::Digests;
 use super::frame::{self, Encoded, FrameError, MAX_REPLY_BYTES, MAX_REQUEST_BYTES};
 use super::hello::{self, HelloError};
 use super::link::{LinkError, Stream, Timing, every};
 use super::message::{Ack, Begin, Event, Failure, FailureCode, Reply, Request, Session, Waiting};
-use super::packing::{Outgoing, Packing, Spent};
+use super::packing::{Outgoing, Spent};
 use super::reader::{Frame, FrameReader};
 use super::resume::{Attachment, Lasting, Word};
 use super::spread::{Line, Lines};
-use super::trunk::{Trunk, Trunks};
+use super::trunk::Trunk;
 use super::writer::FrameWriter;
 use crate::block::BoxFuture;
 
@@ -73,27 +74,6 @@ where
     F: Future<Output = Result<Answer, Failure>>,
 {
     serve_with(stream, timing, Common::default(), handler).await
-}
-
-/// What a server's connections have in common.
-#[derive(Clone, Debug, Default)]
-pub struct Common {
-    /// The workers that compress.
-    pub packing: Packing,
-    /// The sessions with several connections, for the client of this one.
-    pub trunks: Trunks,
-    /// Says true once the server ends: nothing new is answered then, what was begun is.
-    pub ending: Option<watch::Receiver<bool>>,
-}
-
-impl Common {
-    async fn ends(&mut self) {
-        match &mut self.ending {
-            // Nobody who could say so any more is as good as being told.
-            Some(ending) => drop(ending.wait_for(|ending| *ending).await),
-            None => std::future::pending().await,
-        }
-    }
 }
 
 /// [`serve_connection`], as one of several connections.
