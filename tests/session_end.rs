@@ -165,7 +165,7 @@ async fn a_stranger_on_an_export_holds_the_end_up_but_not_for_good() {
         let (device, path) = SCSI_IOTHREAD;
         let mut qemu = start(&Case { device, path, ..case(version) });
         qemu.qemu_io(path, "write -P 5 0 32M");
-        let vm = attach(&qemu, Transport::Auto).await;
+        let vm = attach(&qemu, Transport::Vhost).await;
         let mut session = vm.begin(begin(None)).await.unwrap();
         // Ours reads by now, and has more to tell than we have taken.
         session.events.recv().await.unwrap().unwrap();

@@ -157,7 +157,11 @@ pub async fn show(
             ),
         ));
     }
-    let export = if capabilities.vhost_user_blk && transport != Transport::Nbd {
+    // A stop of the guest by its owner may kill a QEMU with such an export of a disk in an iothread, see `vhost`.
+    let is_risky = disk.iothread && capabilities.nbd_safe_in_iothread;
+    let nbd_can = capabilities.nbd_export && !capabilities.nbd_server_running;
+    let avoided = transport == Transport::Auto && is_risky && nbd_can;
+    let export = if capabilities.vhost_user_blk && transport != Transport::Nbd && !avoided {
         Export::Vhost(fleece.export_vhost(i, &node).await?)
     } else {
         if disk.iothread && !capabilities.nbd_safe_in_iothread {
