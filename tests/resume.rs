@@ -347,7 +347,7 @@ fn past_the_grace_time_all_is_taken_out_and_begun_anew() {
     proxy.rise();
     let (report, said) = done(running);
     assert!(report["warnings"][0].as_str().unwrap().contains("begun anew"), "{report}");
-    assert!(said.contains("gone") && said.contains("begun anew"), "{said}");
+    assert!(said.contains("gone") && said.contains("begins anew"), "{said}");
     side.prove("latest");
 }
 
