@@ -26,7 +26,7 @@
 //!
 //! # Layers
 //!
-//! A room imports only rooms of the lines below its own; `tests/layers.rs` checks it.
+//! A room imports only rooms of the lines below its own; `tests/suite/layers.rs` checks it.
 //!
 //! ```text
 //! cli

@@ -1,0 +1,102 @@
+//! What `status` and `doctor` say of VMs that another process of this host has, or a server.
+
+#![allow(clippy::unwrap_used)]
+
+use crate::common::*;
+use crate::session_fixture::*;
+
+use std::process::{Child, Command, Stdio};
+
+use livebackup::vm::Transport;
+use serde_json::{Value, json};
+
+fn ask(qemu: &Qemu, args: &[&str]) -> Value {
+    let text = run(livebackup().arg("--json").arg("--state").arg(qemu.path("state")).args(args));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}: {text}"))
+}
+
+/// What is said of the VM behind this monitor, among whatever else this host has.
+fn held<'a>(report: &'a Value, qemu: &Qemu) -> Option<&'a Value> {
+    report["vms"].as_array().unwrap().iter().find(|vm| vm["qemu_pid"] == qemu.pid())
+}
+
+fn a_qemu(version: Version) -> Qemu {
+    let (device, path) = SCSI_IOTHREAD;
+    start(&Case { version, transport: Transport::Auto, device, path, size: MIB })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_another_process_has_is_shown_with_who_that_is() {
+    let qemu = a_qemu(Version::V10);
+    assert_eq!(held(&ask(&qemu, &["status"]), &qemu), None);
+    let vm = attach(&qemu, Transport::Auto).await;
+    let source = format!("qmp:{}", qemu.socket().display());
+    for args in [vec!["status"], vec!["status", &source]] {
+        let report = ask(&qemu, &args);
+        let found = held(&report, &qemu).unwrap_or_else(|| panic!("{report}"));
+        assert_eq!((&found["vm"], &found["held_by"]), (&json!("vm1"), &json!(std::process::id())), "{found}");
+        assert!(found["command"].as_str().unwrap().contains("host_status"), "{found}");
+        assert_eq!(found["status"], Value::Null);
+        let text = run(livebackup().args(&args));
+        assert!(text.contains("held by process") && text.contains("vm1"), "{text}");
+    }
+    drop(vm);
+    assert_eq!(held(&ask(&qemu, &["status"]), &qemu), None);
+    assert_eq!(ask(&qemu, &["status", &source])["vm"], "vm1");
+}
+
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn serve(qemu: &Qemu) -> Server {
+    let config = qemu.path("serve.toml");
+    let (socket, state) = (qemu.path("serve.sock"), qemu.path("state"));
+    let text = format!(
+        "listen = \"unix:{}\"\nstate = \"{}\"\n[[vm]]\nmonitor = \"qmp:{}\"\n",
+        socket.display(),
+        state.display(),
+        qemu.socket().display()
+    );
+    std::fs::write(&config, text).unwrap();
+    let mut command: Command = livebackup();
+    let child = command.args(["serve", "--config"]).arg(config).stdin(Stdio::null()).stderr(Stdio::null()).spawn();
+    let server = Server(child.unwrap());
+    wait_until("the server to have the VM", || {
+        held(&ask(qemu, &["status"]), qemu).is_some_and(|vm| vm["status"] != Value::Null)
+    });
+    server
+}
+
+#[test]
+fn a_server_is_asked_for_what_it_knows() {
+    for version in VERSIONS {
+        let qemu = a_qemu(version);
+        let _server = serve(&qemu);
+        let report = ask(&qemu, &["status"]);
+        let found = held(&report, &qemu).unwrap();
+        assert_eq!(
+            (&found["status"]["vm"], &found["status"]["state"]),
+            (&json!("vm1"), &json!("prelaunch")),
+            "{found}"
+        );
+        let source = format!("unix:{}/vm1", qemu.path("serve.sock").display());
+        let monitor = format!("qmp:{}", qemu.socket().display());
+        for source in [source, monitor] {
+            let report = ask(&qemu, &["doctor", &source]);
+            let checks = report["checks"].as_array().unwrap();
+            let of = |name: &str| checks.iter().filter(|c| c["name"] == name).collect::<Vec<_>>();
+            assert_eq!(report["good"], true, "{report}");
+            assert_eq!(of("run state")[0]["words"], "prelaunch", "{report}");
+            assert_eq!((of("scratch").len(), of("state").len()), (1, 0), "{report}");
+            let warned =
+                of("disk vd0").iter().any(|c| c["verdict"] == "warn" && c["words"].as_str().unwrap().contains("quit"));
+            assert_eq!(warned, version == Version::V7, "{report}");
+        }
+    }
+}
