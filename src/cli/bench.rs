@@ -67,9 +67,10 @@ struct WriteOverheadArgs {
     /// Requests of the guest that are under way at once.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=64), default_value_t = 8)]
     depth: u16,
-    /// Read backups no faster than this in a second [default: as fast as can be].
-    #[arg(long, value_name = "SIZE", value_parser = super::values::read_rate)]
-    reader_rate: Option<u64>,
+    /// Read backups no faster than this in a second, or unlimited. May be repeated: each method that has a reader is measured with
+    /// each [default: unlimited].
+    #[arg(long, value_name = "SIZE", value_parser = reader)]
+    reader_rate: Vec<Reader>,
     /// QEMU's cache mode of the disk: writeback (the host's page cache) or none.
     #[arg(long, value_name = "MODE", value_parser = cache, default_value = "writeback")]
     cache: Cache,
@@ -82,6 +83,17 @@ struct WriteOverheadArgs {
     /// Write the tables as Markdown.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
+}
+
+/// A reader's rate; none is as fast as it can.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Reader(Option<u64>);
+
+fn reader(text: &str) -> Result<Reader, String> {
+    match text {
+        "unlimited" => Ok(Reader(None)),
+        text => super::values::read_rate(text).map(|rate| Reader(Some(rate))),
+    }
 }
 
 fn cache(text: &str) -> Result<Cache, String> {
@@ -110,6 +122,12 @@ impl WriteOverheadArgs {
         if self.size < MIN_SIZE_BYTES || self.size > 64 * GIB || !self.size.is_multiple_of(GRANULE_BYTES) {
             return Err(exit::usage("--size is 16M to 64G, in whole 64K"));
         }
+        let mut readers: Vec<_> = self.reader_rate.iter().map(|reader| reader.0).collect();
+        readers.sort();
+        readers.dedup();
+        if readers.is_empty() {
+            readers.push(None);
+        }
         Ok(OverheadOptions {
             rig: RigOptions { qemu: found(&self.qemu)?, cache: self.cache },
             dir: self.dir.clone().unwrap_or_else(std::env::temp_dir),
@@ -120,7 +138,7 @@ impl WriteOverheadArgs {
             depth: self.depth,
             workloads: chosen(&self.workload, &Workload::ALL, &[Workload::Random])?,
             methods: chosen(&self.method, &Method::ALL, &Method::ALL)?,
-            reader_rate: self.reader_rate,
+            readers,
         })
     }
 }
@@ -174,10 +192,10 @@ impl Teller<'_> {
                 let meter = self.meter.get_or_insert_with(|| Meter::new(self.context.output));
                 meter.at("laying out the disk", done_bytes, total_bytes);
             }
-            Progress::Begins { step, steps, round, workload, method } => {
+            Progress::Begins { step, steps, round, workload, case } => {
                 self.meter = None;
                 self.step = (step, steps);
-                self.doing = format!("round {round}, {workload}, {method}");
+                self.doing = format!("round {round}, {workload}, {case}");
             }
             Progress::Ended(run) => {
                 let took = run.during.write.map_or(0.0, |l| l.p99_us / 1e3);
@@ -197,9 +215,12 @@ fn write(file: &Path, content: &str) -> anyhow::Result<()> {
 }
 
 impl WriteOverheadArgs {
-    /// Files that cannot be written are known before the measurement.
+    /// Files that cannot be written are known before the measurement; what is in them stays until there is something better.
     fn try_files(&self) -> anyhow::Result<()> {
-        [&self.json_file, &self.html, &self.markdown].into_iter().flatten().try_for_each(|file| write(file, ""))
+        [&self.json_file, &self.html, &self.markdown].into_iter().flatten().try_for_each(|file| {
+            let tried = std::fs::File::options().append(true).create(true).open(file);
+            tried.map(drop).map_err(|e| anyhow::anyhow!("cannot write {}: {e}", file.display()))
+        })
     }
 
     fn write_files(&self, report: &Report) -> anyhow::Result<()> {

@@ -6,6 +6,7 @@
 
 use std::fmt::Write;
 
+use super::courses::Scales;
 use super::figures::Point;
 use super::load::Workload;
 use super::report::{Measured, Report, Run, Summary};
@@ -18,7 +19,7 @@ const LEFT: f64 = 62.0;
 const BELOW: f64 = 22.0;
 /// A bar's height, and where it begins.
 const BAR: f64 = 20.0;
-const BARS_LEFT: f64 = 130.0;
+const BARS_LEFT: f64 = 190.0;
 const BARS_WIDE: f64 = 900.0;
 /// Labels of an axis that are nearer to one another than this would run into each other.
 const LABEL: f64 = 44.0;
@@ -68,7 +69,7 @@ pub fn page(report: &Report) -> String {
         table(&mut out, &measured);
         for summary in &own {
             if let Some(why) = &summary.not_measured {
-                let text = format!("{}: not (always) measured: {why}", summary.method);
+                let text = format!("{}: not (always) measured: {why}", summary.case);
                 put(&mut out, format_args!("<p class=\"faint\">{}</p>\n", escaped(&text)));
             }
         }
@@ -108,7 +109,7 @@ fn bars(out: &mut String, measured: &[(&Summary, &Measured)]) {
         let top = i as f64 * BAR;
         let (middle, text) = (top + BAR / 2.0, top + BAR / 2.0 + 4.0);
         let class = if is_ours(summary.method) { "ours" } else { "theirs" };
-        put(out, format_args!("<text class=\"ink\" x=\"0\" y=\"{text:.1}\">{}</text>\n", escaped(summary.method)));
+        put(out, format_args!("<text class=\"ink\" x=\"0\" y=\"{text:.1}\">{}</text>\n", escaped(&summary.case)));
         let (y, wide, high) = (top + 4.0, x(m.rate_share.median) - BARS_LEFT, BAR - 8.0);
         put(
             out,
@@ -162,7 +163,7 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
         out.push_str("<tr>");
         let (p50, p99, p999) = (m.during.p50_us.median, m.during.p99_us.median, m.during.p999_us.median);
         for cell in [
-            escaped(summary.method),
+            escaped(&summary.case),
             escaped(summary.words),
             format!("{:.0}", m.before.per_second.median),
             format!("{:.0}", m.during.per_second.median),
@@ -191,25 +192,12 @@ fn table(out: &mut String, measured: &[(&Summary, &Measured)]) {
     out.push_str("meanwhile. Pictures over time have every round in them, with the same scales; the backup is shaded, for the median of its time.</p>\n");
 }
 
-/// The scales of all pictures of a workload.
-struct Scales {
-    most_per_second: f64,
-    least_us: f64,
-    most_us: f64,
-}
-
 fn courses(out: &mut String, report: &Report, workload: Workload, measured: &[(&Summary, &Measured)]) {
     let runs: Vec<_> = report.runs.iter().filter(|run| run.workload == workload.name()).collect();
-    let points = || runs.iter().flat_map(|run| &run.course);
-    let took = || points().flat_map(|p| [p.write.p50_us, p.write.max_us]).filter(|us| *us > 0.0);
-    let scales = Scales {
-        most_per_second: points().map(|p| p.per_second).fold(1.0, f64::max),
-        least_us: 10f64.powf(took().fold(f64::MAX, f64::min).clamp(1.0, 1e6).log10().floor()),
-        most_us: 10f64.powf(took().fold(10.0, f64::max).log10().ceil()),
-    };
+    let scales = Scales::of(runs.iter().copied());
     for (summary, m) in measured {
-        let own: Vec<_> = runs.iter().copied().filter(|run| run.method == summary.method).collect();
-        put(out, format_args!("<h3>{}: {}</h3>\n", escaped(summary.method), escaped(summary.words)));
+        let own = summary.of(&report.runs);
+        put(out, format_args!("<h3>{}: {}</h3>\n", escaped(&summary.case), escaped(summary.words)));
         out.push_str("<div class=\"pair\">\n");
         picture(out, &own, m.took_s.median, &scales, false);
         picture(out, &own, m.took_s.median, &scales, true);
@@ -229,12 +217,9 @@ fn picture(out: &mut String, runs: &[&Run], took_s: f64, scales: &Scales, slow: 
     let times = || runs.iter().flat_map(|run| &run.course).map(|point| point.at_s);
     let (from, to) = (times().fold(0.0, f64::min), times().fold(took_s, f64::max).max(0.1));
     let x = |at: f64| LEFT + (at - from) / (to - from) * (WIDE - LEFT - 6.0);
-    let decades = (scales.most_us / scales.least_us).log10().max(1.0);
+    let decades = scales.decades();
     let y = |value: f64| {
-        let share = match slow {
-            true => (value / scales.least_us).log10() / decades,
-            false => value / scales.most_per_second,
-        };
+        let share = if slow { scales.latency(value) } else { scales.rate(value) };
         (HIGH - BELOW) - share.clamp(0.0, 1.0) * (HIGH - BELOW - 8.0)
     };
     let view = format!("viewBox=\"0 0 {WIDE} {HIGH}\" width=\"{WIDE}\" height=\"{HIGH}\" role=\"img\"");
@@ -305,7 +290,7 @@ fn pieces(course: &[Point], slow: bool) -> Vec<Vec<Point>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::method::Method;
+    use super::super::method::{Case, Method};
     use super::super::report::{Settings, summaries, targets, tests::run};
     use super::*;
 
@@ -332,10 +317,10 @@ mod tests {
 
     #[test]
     fn the_page_is_whole_and_needs_nothing_else() {
-        let methods = [Method::Nothing, Method::Fleece, Method::Lvm];
+        let cases = Case::all(&[Method::Nothing, Method::Fleece, Method::Lvm], &[None]);
         let runs = vec![run("none", 1, 100.0), run("none", 2, 90.0), run("fleece", 1, 50.0), run("fleece", 2, 40.0)];
-        let gaps = [(Workload::Random, Method::Lvm, "no <device> & \"mapper\"".to_owned())];
-        let summaries = summaries(&[Workload::Random], &methods, &runs, &gaps);
+        let gaps = [(Workload::Random, cases[2], "no <device> & \"mapper\"".to_owned())];
+        let summaries = summaries(&[Workload::Random], &cases, &runs, &gaps);
         let report = Report {
             began: jiff::Timestamp::UNIX_EPOCH,
             took_s: 1.0,
@@ -346,7 +331,7 @@ mod tests {
                 rounds: 2,
                 depth: 8,
                 cache: "none",
-                reader_bytes_per_second: None,
+                readers_bytes_per_second: vec![None],
             },
             targets: targets(&summaries),
             summaries,

@@ -30,7 +30,7 @@ use super::load::Load;
 use super::rig::{Rig, WorkDir};
 use super::volume::{self, Volume};
 use super::{ours, theirs};
-use crate::units::GRANULE_BYTES;
+use crate::units::{GRANULE_BYTES, human_bytes};
 use crate::vm::Vm;
 
 use serde_json::json;
@@ -128,6 +128,11 @@ impl Method {
         matches!(self, Fleece | FleeceOther | FleeceMemory | Incremental | IncrementalBusy | Acknowledged)
     }
 
+    /// Whether a reader's speed makes a difference to it.
+    pub fn reads(self) -> bool {
+        !matches!(self, Self::Nothing | Self::Bitmap | Self::Acknowledged | Self::PushSlow)
+    }
+
     /// Why it cannot be measured here.
     pub fn lacks(self, options: &OverheadOptions) -> Option<String> {
         match self {
@@ -137,6 +142,39 @@ impl Method {
             Self::FleeceMemory if !Path::new(MEMORY_DIR).is_dir() => Some(format!("no {MEMORY_DIR}")),
             Self::Lvm => volume::lacks(),
             _ => None,
+        }
+    }
+}
+
+/// A method, and how fast its reader may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Case {
+    /// What a backup is made with.
+    pub method: Method,
+    /// Bytes in a second; as fast as it can when absent.
+    pub reader: Option<u64>,
+}
+
+impl Case {
+    /// Each method with each reader; what has no reader, once.
+    pub fn all(methods: &[Method], readers: &[Option<u64>]) -> Vec<Self> {
+        let each = |method: Method| match method.reads() {
+            true => readers.to_vec(),
+            false => vec![None],
+        };
+        methods
+            .iter()
+            .flat_map(|method| each(*method).into_iter().map(|reader| Self { method: *method, reader }))
+            .collect()
+    }
+}
+
+/// The method's name, and the rate of a reader that has one.
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.reader {
+            None => f.write_str(self.method.name()),
+            Some(rate) => write!(f, "{}, {}/s", self.method, human_bytes(rate)),
         }
     }
 }
@@ -169,6 +207,8 @@ pub struct Bench<'a> {
     pub load: &'a Load,
     /// How it is measured.
     pub options: &'a OverheadOptions,
+    /// How fast the reader may be, in bytes a second; as fast as it can when absent.
+    pub reader: Option<u64>,
     /// Where livebackup's scratch goes.
     pub scratch: &'a Path,
     /// What the disk lies on, where a method needs it.

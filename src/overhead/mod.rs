@@ -22,6 +22,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 
 pub mod about;
+mod courses;
 pub mod driver;
 pub mod error;
 pub mod figures;
@@ -41,7 +42,7 @@ use about::{About, Busy};
 use error::{OverheadError, path};
 use figures::{Stretch, course, figures};
 use load::{Load, LoadOptions, Workload};
-use method::{Bench, MEMORY_DIR, Method, Ready};
+use method::{Bench, Case, MEMORY_DIR, Method, Ready};
 use model::{BLOCK_BYTES, Model};
 use report::{Backup, Report, Run, Settings, summaries, targets};
 use rig::{Cache, Rig, RigOptions, WorkDir};
@@ -78,8 +79,8 @@ pub struct OverheadOptions {
     pub workloads: Vec<Workload>,
     /// What is done to it.
     pub methods: Vec<Method>,
-    /// Rate of the reader; as fast as it can when absent.
-    pub reader_rate: Option<u64>,
+    /// Rates of the reader, in bytes a second; as fast as it can where absent.
+    pub readers: Vec<Option<u64>>,
 }
 
 impl OverheadOptions {
@@ -139,14 +140,14 @@ pub enum Progress {
         /// What the guest does.
         workload: Workload,
         /// What is done to it.
-        method: Method,
+        case: Case,
     },
     /// It is over.
     Ended(Box<Run>),
     /// It failed.
     Failed {
         /// What was done.
-        method: Method,
+        case: Case,
         /// Why.
         why: String,
     },
@@ -224,22 +225,23 @@ async fn measure(
 
     let (mut runs, mut gaps) = (vec![], vec![]);
     let mut turns = vec![];
+    let cases = Case::all(&options.methods, &options.readers);
     for workload in &options.workloads {
-        for method in &options.methods {
-            match options.lacks(*method) {
-                Some(why) => gaps.push((*workload, *method, why)),
-                None => turns.push((*workload, *method)),
+        for case in &cases {
+            match options.lacks(case.method) {
+                Some(why) => gaps.push((*workload, *case, why)),
+                None => turns.push((*workload, *case)),
             }
         }
     }
     let steps = turns.len() * options.rounds as usize;
     for round in 1..=options.rounds {
         let order = (0..turns.len()).map(|i| turns[(i + 3 * (round as usize - 1)) % turns.len()]);
-        for (i, (workload, method)) in order.enumerate() {
+        for (i, (workload, case)) in order.enumerate() {
             let step = (round as usize - 1) * turns.len() + i + 1;
-            progress(Progress::Begins { step, steps, round, workload, method });
+            progress(Progress::Begins { step, steps, round, workload, case });
             let seed = step as u64;
-            let (result, now) = one(&options, &places, (workload, method, round, seed), model).await?;
+            let (result, now) = one(&options, &places, (workload, case, round, seed), model).await?;
             model = now;
             match result {
                 Ok(run) => {
@@ -248,8 +250,8 @@ async fn measure(
                 }
                 Err(error) => {
                     let why = format!("failed: {error}");
-                    progress(Progress::Failed { method, why: why.clone() });
-                    gaps.push((workload, method, why));
+                    progress(Progress::Failed { case, why: why.clone() });
+                    gaps.push((workload, case, why));
                 }
             }
         }
@@ -258,7 +260,7 @@ async fn measure(
     }
     about.load_after = about::load();
     about.others_cores = busy.others_since();
-    let summaries = summaries(&options.workloads, &options.methods, &runs, &gaps);
+    let summaries = summaries(&options.workloads, &cases, &runs, &gaps);
     let targets = targets(&summaries);
     let settings = Settings {
         size_bytes: options.size_bytes,
@@ -266,7 +268,7 @@ async fn measure(
         rounds: options.rounds,
         depth: options.depth,
         cache: options.rig.cache.name(),
-        reader_bytes_per_second: options.reader_rate,
+        readers_bytes_per_second: options.readers,
     };
     Ok(Report { began, took_s: started.elapsed().as_secs_f64(), about, settings, summaries, targets, runs })
 }
@@ -348,9 +350,10 @@ async fn check(work: &WorkDir, model: Model, round: u32) -> Result<Model, Overhe
 async fn one(
     options: &OverheadOptions,
     places: &Places,
-    (workload, method, round, seed): (Workload, Method, u32, u64),
+    (workload, case, round, seed): (Workload, Case, u32, u64),
     model: Model,
 ) -> Result<(Result<Run, OverheadError>, Model), OverheadError> {
+    let Case { method, reader } = case;
     let work = &places.work;
     let (image, size_bytes) = (work.path("disk.raw"), options.size_bytes);
     let volume = match method {
@@ -374,7 +377,8 @@ async fn one(
     }
     let outcome = match &ready {
         Ok(ready) => {
-            let bench = Bench { rig: &rig, work, load: &load, options, scratch: &scratch, volume: volume.as_ref() };
+            let bench =
+                Bench { rig: &rig, work, load: &load, options, reader, scratch: &scratch, volume: volume.as_ref() };
             phases(&bench, method, ready).await
         }
         Err(_) => Ok(None),
@@ -391,6 +395,7 @@ async fn one(
             let run = Run {
                 workload: workload.name(),
                 method: method.name(),
+                reader_bytes_per_second: reader,
                 round,
                 before: figures(samples, before),
                 during: figures(samples, during),

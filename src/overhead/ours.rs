@@ -84,7 +84,7 @@ async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, Over
 /// A full.
 pub async fn full(bench: &Bench<'_>, vm: &Vm) -> Result<Outcome, OverheadError> {
     let began_ns = bench.load.now_ns();
-    one(bench, vm, began_ns, begin(bench.options.reader_rate)).await
+    one(bench, vm, began_ns, begin(bench.reader)).await
 }
 
 async fn one(bench: &Bench<'_>, vm: &Vm, began_ns: u64, begin: Begin) -> Result<Outcome, OverheadError> {
@@ -121,7 +121,7 @@ pub async fn incremental(bench: &Bench<'_>, vm: &Vm, quiet: bool) -> Result<Outc
     let since = checkpoint.map(|id| (DISK.to_owned(), id));
     let needed_bytes = bench.options.size_bytes / DIRTY_SHARE;
     let slow = (needed_bytes as f64 / (bench.options.during().as_secs_f64() / 2.0)) as u64;
-    let rate = bench.options.reader_rate.unwrap_or(slow).max(MIB);
+    let rate = bench.reader.unwrap_or(slow).max(MIB);
     let begin = Begin { since: BTreeMap::from_iter(since), incremental_only: true, ..begin(Some(rate)) };
     if !quiet {
         bench.load.hold(false).await?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::about::About;
 use super::figures::{Figures, Latency, Point, Spread};
 use super::load::Workload;
-use super::method::Method;
+use super::method::{Case, Method};
 
 /// How it was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,9 +23,8 @@ pub struct Settings {
     pub depth: u16,
     /// QEMU's cache mode of the disk.
     pub cache: &'static str,
-    /// Rate of the reader; as fast as it can when absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reader_bytes_per_second: Option<u64>,
+    /// Rates of the reader; as fast as it can where it is null.
+    pub readers_bytes_per_second: Vec<Option<u64>>,
 }
 
 /// What a backup was like.
@@ -49,6 +48,9 @@ pub struct Run {
     pub workload: &'static str,
     /// What was done to it.
     pub method: &'static str,
+    /// How fast its reader was allowed to be; as fast as it can, or none, when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reader_bytes_per_second: Option<u64>,
     /// Counts from 1.
     pub round: u32,
     /// Before the backup.
@@ -65,6 +67,19 @@ pub struct Run {
     pub others_cores: f64,
     /// Its course.
     pub course: Vec<Point>,
+}
+
+/// What is measured: workload, method, reader.
+type Key = (&'static str, &'static str, Option<u64>);
+
+fn key(workload: Workload, case: &Case) -> Key {
+    (workload.name(), case.method.name(), case.reader)
+}
+
+impl Run {
+    fn key(&self) -> Key {
+        (self.workload, self.method, self.reader_bytes_per_second)
+    }
 }
 
 /// One phase of a method over all rounds.
@@ -108,6 +123,11 @@ pub struct Summary {
     pub workload: &'static str,
     /// What was done to it.
     pub method: &'static str,
+    /// How fast its reader was allowed to be; as fast as it can, or none, when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reader_bytes_per_second: Option<u64>,
+    /// Method and reader, as tables name them.
+    pub case: String,
     /// The same, for people.
     pub words: &'static str,
     /// Runs that were measured.
@@ -118,6 +138,17 @@ pub struct Summary {
     /// The figures; absent without a run.
     #[serde(flatten)]
     pub measured: Option<Measured>,
+}
+
+impl Summary {
+    fn key(&self) -> Key {
+        (self.workload, self.method, self.reader_bytes_per_second)
+    }
+
+    /// Its runs, of all.
+    pub(super) fn of<'a>(&self, runs: &'a [Run]) -> Vec<&'a Run> {
+        runs.iter().filter(|run| run.key() == self.key()).collect()
+    }
 }
 
 /// The figures of a summary.
@@ -223,9 +254,9 @@ pub struct Report {
 /// Sums runs up. `gaps` are reasons for which a method was not measured, or not always.
 pub fn summaries(
     workloads: &[Workload],
-    methods: &[Method],
+    cases: &[Case],
     runs: &[Run],
-    gaps: &[(Workload, Method, String)],
+    gaps: &[(Workload, Case, String)],
 ) -> Vec<Summary> {
     let mut all = vec![];
     for workload in workloads {
@@ -238,14 +269,15 @@ pub fn summaries(
         let idles: BTreeMap<_, Idle> =
             runs.iter().filter(|run| run.workload == workload.name()).map(|run| (disk(run), of_round(run))).collect();
         let idle = |run: &Run| idles.get(&disk(run)).copied().unwrap_or(Idle { per_second: 0.0, p99_us: 0.0 });
-        for method in methods {
-            let own: Vec<_> =
-                runs.iter().filter(|r| r.workload == workload.name() && r.method == method.name()).collect();
-            let gap = gaps.iter().find(|(w, m, _)| w == workload && m == method);
+        for case in cases {
+            let own: Vec<_> = runs.iter().filter(|run| run.key() == key(*workload, case)).collect();
+            let gap = gaps.iter().find(|(w, c, _)| w == workload && c == case);
             all.push(Summary {
                 workload: workload.name(),
-                method: method.name(),
-                words: method.words(),
+                method: case.method.name(),
+                reader_bytes_per_second: case.reader,
+                case: case.to_string(),
+                words: case.method.words(),
                 rounds: own.len(),
                 not_measured: gap.map(|(.., why)| why.clone()),
                 measured: Measured::of(&own, idle),
@@ -255,11 +287,11 @@ pub fn summaries(
     all
 }
 
-/// What was hoped for, of random writes of 4 KiB.
+/// What was hoped for, of random writes of 4 KiB and readers without a limit.
 pub fn targets(summaries: &[Summary]) -> Vec<Target> {
     let of = |method: Method| {
-        let found = |s: &&Summary| s.workload == Workload::Random.name() && s.method == method.name();
-        summaries.iter().find(found)?.measured
+        let case = Case { method, reader: None };
+        summaries.iter().find(|summary| summary.key() == key(Workload::Random, &case))?.measured
     };
     let target = |words: &str, value: Option<f64>, met: fn(f64) -> bool| Target {
         words: words.to_owned(),
@@ -312,6 +344,7 @@ pub(super) mod tests {
         Run {
             workload: Workload::Random.name(),
             method,
+            reader_bytes_per_second: None,
             round,
             before: figures(100.0, 1000.0),
             during: figures(during, 1100.0),
@@ -326,9 +359,9 @@ pub(super) mod tests {
     #[test]
     fn rounds_are_summed_up_by_method() {
         let runs = [run("none", 1, 100.0), run("fleece", 1, 60.0), run("fleece", 2, 40.0), run("fleece", 3, 55.0)];
-        let gap = (Workload::Random, Method::Push, "failed".to_owned());
-        let methods = [Method::Fleece, Method::Push];
-        let all = summaries(&[Workload::Random], &methods, &runs, std::slice::from_ref(&gap));
+        let cases = Case::all(&[Method::Fleece, Method::Push], &[None]);
+        let gap = (Workload::Random, cases[1], "failed".to_owned());
+        let all = summaries(&[Workload::Random], &cases, &runs, std::slice::from_ref(&gap));
         let fleece = all[0].measured.unwrap();
         assert_eq!((all[0].rounds, fleece.finished, &all[0].not_measured), (3, 1, &None));
         assert_eq!(fleece.rate_share, Spread { median: 0.55, least: 0.4, most: 0.6 });
@@ -338,11 +371,24 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn each_reader_is_a_row_of_its_own() {
+        let slow = Run { reader_bytes_per_second: Some(100 << 20), ..run("fleece", 1, 90.0) };
+        let cases = Case::all(&[Method::Nothing, Method::Fleece], &[None, Some(100 << 20)]);
+        let runs = [run("none", 1, 100.0), run("fleece", 1, 60.0), slow];
+        let all = summaries(&[Workload::Random], &cases, &runs, &[]);
+        let rows = all.iter().map(|s| (s.case.as_str(), s.measured.unwrap().rate_share.median));
+        assert_eq!(rows.collect::<Vec<_>>(), [("none", 1.0), ("fleece", 0.6), ("fleece, 100.0 MiB/s", 0.9)]);
+        assert_eq!(all[2].of(&runs).len(), 1);
+        // What is hoped for is of the reader without a limit.
+        assert_eq!(targets(&all)[1].value, Some(0.6));
+    }
+
+    #[test]
     fn a_volume_is_held_against_itself() {
         let mut slow = run("lvm", 1, 20.0);
         slow.before.per_second = 40.0;
-        let methods = [Method::Fleece, Method::Lvm];
-        let all = summaries(&[Workload::Random], &methods, &[run("fleece", 1, 60.0), slow], &[]);
+        let cases = Case::all(&[Method::Fleece, Method::Lvm], &[None]);
+        let all = summaries(&[Workload::Random], &cases, &[run("fleece", 1, 60.0), slow], &[]);
         let shares = all.iter().map(|summary| summary.measured.unwrap().rate_share.median);
         assert_eq!(shares.collect::<Vec<_>>(), [0.6, 0.5]);
     }
@@ -350,7 +396,8 @@ pub(super) mod tests {
     #[test]
     fn what_was_not_measured_meets_and_misses_nothing() {
         let runs = [run("none", 1, 100.0), run("bitmap", 1, 99.0), run("fleece", 1, 60.0), run("push", 1, 80.0)];
-        let of = |methods: &[Method]| targets(&summaries(&[Workload::Random], methods, &runs, &[]));
+        let of =
+            |methods: &[Method]| targets(&summaries(&[Workload::Random], &Case::all(methods, &[None]), &runs, &[]));
         assert!(of(&[]).iter().all(|t| t.value.is_none() && t.met.is_none()));
         let met: Vec<_> = of(&Method::ALL).iter().map(|t| t.met).collect();
         assert_eq!(met, [Some(true), Some(true), Some(false), Some(false), None]);

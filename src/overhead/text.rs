@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::courses::Courses;
 use super::figures::Spread;
 use super::load::Workload;
 use super::report::{Measured, Phase, Report, Summary};
@@ -67,7 +68,7 @@ fn short_row(summary: &Summary, measured: &Measured) -> Vec<String> {
         number => format!("{number} requests FAILED"),
     };
     vec![
-        summary.method.to_owned(),
+        summary.case.clone(),
         summary.words.to_owned(),
         times(measured.rate_share),
         times(measured.p99_times),
@@ -90,10 +91,11 @@ impl Report {
         let (about, settings) = (&self.about, &self.settings);
         let places: Vec<_> =
             about.places.iter().map(|p| format!("{} on {} ({})", p.what, p.file_system, p.device)).collect();
-        let reader = match settings.reader_bytes_per_second {
-            Some(rate) => format!("{}/s", human_bytes(rate)),
+        let reader = |rate: &Option<u64>| match rate {
+            Some(rate) => format!("{}/s", human_bytes(*rate)),
             None => "as fast as it can".to_owned(),
         };
+        let readers: Vec<_> = settings.readers_bytes_per_second.iter().map(reader).collect();
         vec![
             format!(
                 "began {:.0}, took {:.0} s; livebackup {}, QEMU {}",
@@ -114,12 +116,13 @@ impl Report {
                 places.join(", ")
             ),
             format!(
-                "disk of {}, cache={}, {} requests under way, {} rounds, backups of up to {} s, reader {reader}",
+                "disk of {}, cache={}, {} requests under way, {} rounds, backups of up to {} s, reader {}",
                 human_bytes(settings.size_bytes),
                 settings.cache,
                 settings.depth,
                 settings.rounds,
-                settings.seconds
+                settings.seconds,
+                readers.join(" and ")
             ),
         ]
     }
@@ -160,14 +163,15 @@ impl fmt::Display for Report {
                 short.push(short_row(summary, measured));
                 let phases = [("before", measured.before), ("during", measured.during), ("after", measured.after)];
                 for (i, (name, phase)) in phases.iter().enumerate() {
-                    long.push(phase_row(if i == 0 { summary.method } else { "" }, name, phase));
+                    long.push(phase_row(if i == 0 { &summary.case } else { "" }, name, phase));
                 }
             }
             write!(f, "{}\n{}", Rows(short), Rows(long))?;
+            write!(f, "{}", Courses::of(&self.runs, &own))?;
             for summary in own {
                 if let Some(why) = &summary.not_measured {
                     let which = if summary.rounds == 0 { "not measured" } else { "not always measured" };
-                    writeln!(f, "{}: {which}: {why}", summary.method)?;
+                    writeln!(f, "{}: {which}: {why}", summary.case)?;
                 }
             }
         }

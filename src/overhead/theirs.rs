@@ -159,7 +159,7 @@ pub async fn fleece(bench: &Bench<'_>) -> Result<Outcome, OverheadError> {
 
 /// Reads a disk and throws it away. Gives how much that was, and whether it was all.
 async fn read_all(source: &NbdSource, bench: &Bench<'_>, deadline: Instant) -> Result<(u64, bool), OverheadError> {
-    let (began, rate, size_bytes) = (Instant::now(), bench.options.reader_rate, source.size_bytes());
+    let (began, rate, size_bytes) = (Instant::now(), bench.reader, source.size_bytes());
     let pieces = Extent::between(0, size_bytes).split_at_multiples(MAX_READ_BYTES);
     let mut reads = futures_util::stream::iter(pieces).map(|piece| source.read(piece)).buffered(READS);
     let mut read_bytes = 0;
@@ -186,7 +186,7 @@ pub async fn push(bench: &Bench<'_>, slow: Option<u64>) -> Result<Outcome, Overh
     let file = json!({"driver": "file", "filename": image});
     let target = json!({"driver": "throttle", "node-name": "target", "throttle-group": "slow", "file": file});
     monitor.raw("blockdev-add", target).await?;
-    let speed = bench.options.reader_rate.unwrap_or(0);
+    let speed = bench.reader.unwrap_or(0);
     let arguments = json!({"job-id": JOB, "device": NODE, "target": "target", "sync": "full", "speed": speed});
     let mut job = Job::start(monitor, "blockdev-backup", arguments).await?;
     let finished = job.wait(&["BLOCK_JOB_COMPLETED"], deadline).await?.is_some();
@@ -242,7 +242,7 @@ pub async fn overlay(bench: &Bench<'_>) -> Result<Outcome, OverheadError> {
 /// Reads an image or device as long as the disk, as a program beside QEMU does. Gives how much that was, and whether it was
 /// all.
 pub async fn copy_image(bench: &Bench<'_>, image: &Path, deadline: Instant) -> Result<(u64, bool), OverheadError> {
-    let (size_bytes, rate, began) = (bench.options.size_bytes, bench.options.reader_rate, Instant::now());
+    let (size_bytes, rate, began) = (bench.options.size_bytes, bench.reader, Instant::now());
     let file = Arc::new(File::open(image).map_err(path("cannot open", image))?);
     let mut read_bytes = 0;
     while read_bytes < size_bytes && Instant::now() < deadline {

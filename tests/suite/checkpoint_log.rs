@@ -295,7 +295,7 @@ fn a_kill_at_any_point_loses_nothing_that_was_promised() {
         let dir = tempfile::tempdir().unwrap();
         drop(log_of_five(dir.path()));
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_of_the_kill_test", "--test-threads=1"])
+            .args(["--exact", "checkpoint_log::child_of_the_kill_test", "--test-threads=1"])
             .env(CHILD, dir.path())
             .env("LIVEBACKUP_KILL_AT", &point)
             .stdout(std::process::Stdio::null())

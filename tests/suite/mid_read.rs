@@ -104,7 +104,7 @@ fn read_for_ever(told: &str) {
 /// Starts this program again as a reader, and waits until it reads.
 fn reader(test: &str, transport: Transport, version: Version, socket: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture"]);
+    command.args(["--exact", &format!("mid_read::{test}"), "--nocapture"]);
     command.env(CHILD, format!("{transport:?} {version:?} {}", socket.display()));
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();

@@ -54,7 +54,7 @@ fn child() {
 
 fn run_child(dir: &Path, variable: &str, value: &str) -> Output {
     Command::new(std::env::current_exe().unwrap())
-        .args(["child", "--exact", "--nocapture"])
+        .args(["repo_crash::child", "--exact", "--nocapture"])
         .env("REPO_CRASH_DIR", dir)
         .env(variable, value)
         .output()

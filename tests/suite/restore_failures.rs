@@ -97,7 +97,7 @@ fn killed_at_any_point_no_half_made_disk_has_its_name() {
                 old.inspect(|old| fs::write(stored.out().join(name), old).unwrap());
             }
             let status = Command::new(std::env::current_exe().unwrap())
-                .args(["child", "--exact"])
+                .args(["restore_failures::child", "--exact"])
                 .env("RESTORE_DIR", stored.dir.path())
                 .env("LIVEBACKUP_KILL_AT", point)
                 .output()
