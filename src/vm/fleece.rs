@@ -41,7 +41,7 @@ use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::fault;
 use crate::monitor::{Capabilities, Monitor, MonitorError, run_state};
-use crate::units::GRANULE_BYTES;
+use crate::units::{GRANULE_BYTES, MIB};
 use crate::wire::message::{Failure, FailureCode};
 
 /// A guest write waits no longer than this for a scratch that is slow. Some versions wrap above 4 s.
@@ -52,6 +52,9 @@ const STOP_LEASE: Duration = Duration::from_secs(10);
 const LOOK_WITHIN: Duration = Duration::from_secs(3);
 /// How often the instant is tried with a limit, before it is taken without.
 const LIMITED_TRIES: usize = 2;
+/// The shortest run of a needed set whose block status is asked for, and how much there has to be of them.
+const ASKED_RUN_BYTES: u64 = 4 * MIB;
+const ASKED_BYTES: u64 = 64 * MIB;
 
 /// What the steps work with.
 #[derive(Clone, Debug)]
@@ -487,17 +490,22 @@ impl Fleece {
         Ok(node)
     }
 
-    /// Which granules of a shown disk may hold something else than zeroes. All of them, where this QEMU's word on that
-    /// cannot be trusted or had.
-    pub async fn data(&mut self, i: usize, node: &str) -> Result<Bitmap, Failure> {
+    /// Which granules of a shown disk may hold something else than zeroes, as far as they are `needed`. All of them, where this
+    /// QEMU's word on that cannot be trusted or had, or is not worth asking for.
+    pub async fn data(&mut self, i: usize, node: &str, needed: &Bitmap) -> Result<Bitmap, Failure> {
         let disk = self.disks[i].plan.disk.clone();
         let capabilities = &self.bench.capabilities;
         let safe = !disk.iothread || capabilities.nbd_safe_in_iothread;
-        if !capabilities.trust_block_status || !safe || self.disks[i].limited {
+        // What a limited filter does not keep cannot be asked for either.
+        let asked = match self.disks[i].limited {
+            true => worth_asking(needed),
+            false => vec![Extent::new(0, disk.size_bytes)],
+        };
+        if !capabilities.trust_block_status || !safe || asked.is_empty() {
             return Ok(Bitmap::full(disk.size_bytes));
         }
         let id = format!("{}st{i}", self.bench.names.prefix());
-        match self.harvester.data(node, &id, disk.size_bytes).await? {
+        match self.harvester.data(node, &id, disk.size_bytes, &asked).await? {
             Some(Ok(data)) => Ok(data),
             None => Ok(Bitmap::full(disk.size_bytes)),
             Some(Err(error)) => {
@@ -548,6 +556,16 @@ impl Fleece {
     /// What the steps work with.
     pub fn bench(&self) -> &Bench {
         &self.bench
+    }
+}
+
+/// The long runs of a needed set, if there is enough of them: a guest that has trimmed its disk has long runs of zeroes in an
+/// incremental. To ask costs an export and a request for each run, about as much as reading [`ASKED_BYTES`] of zeroes.
+fn worth_asking(needed: &Bitmap) -> Vec<Extent> {
+    let runs: Vec<_> = needed.extents().filter(|run| run.len_bytes >= ASKED_RUN_BYTES).collect();
+    match runs.iter().map(|run| run.len_bytes).sum::<u64>() >= ASKED_BYTES {
+        true => runs,
+        false => vec![],
     }
 }
 

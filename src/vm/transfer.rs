@@ -141,7 +141,7 @@ pub async fn show(
     let disk = fleece.disks[i].plan.disk.clone();
     let capabilities = fleece.bench().capabilities.clone();
     let node = fleece.show(i).await?;
-    let mut data = fleece.data(i, &node).await?;
+    let mut data = fleece.data(i, &node, &needed.bitmap).await?;
     data.round_out(chunk_bytes);
     let count = fleece.disks.len() as u64;
     let rules = SourceRules {

@@ -93,6 +93,7 @@ mod session;
 mod session_end;
 mod tls;
 mod torture;
+mod trimmed;
 mod trunk;
 mod vhost_blk;
 mod vhost_peers;

@@ -64,7 +64,8 @@ impl Harvester {
         let export = json!({"type": "nbd", "id": node, "node-name": node, "bitmaps": [bitmap]});
         let context = nbd::dirty_bitmap_context(bitmap);
         let is_dirty = |flags| flags & nbd::proto::STATE_DIRTY != 0;
-        self.marked(&socket, export, &context, size_bytes, is_dirty).await?.map_err(internal)
+        let (all, none) = ([Extent::new(0, size_bytes)], Bitmap::new(size_bytes));
+        self.marked(&socket, export, &context, &all, none, is_dirty).await?.map_err(internal)
     }
 
     /// Sets bits in an enabled bitmap of a helper node. By the server they get into its other enabled bitmaps too.
@@ -80,39 +81,48 @@ impl Harvester {
         undo::delete_export(&self.monitor, node).await.map_err(qemu_failed)
     }
 
-    /// Which granules of a node may hold something else than zeroes, as QEMU's block status says. `None` where the server
-    /// is another's; the inner error is the reading's: one can do without its answer.
+    /// Which granules of a node may hold something else than zeroes: QEMU's block status of the extents that are `asked` for, and
+    /// all others. `None` where the server is another's; the inner error is the reading's: one can do without its answer.
     pub async fn data(
         &mut self,
         node: &str,
         id: &str,
         size_bytes: u64,
+        asked: &[Extent],
     ) -> Result<Option<Result<Bitmap, NbdError>>, Failure> {
         let Some(socket) = self.server().await? else { return Ok(None) };
         let export = json!({"type": "nbd", "id": id, "node-name": node, "name": id});
         let may_hold_data = |flags| flags & nbd::proto::STATE_ZERO == 0;
-        self.marked(&socket, export, nbd::BASE_ALLOCATION, size_bytes, may_hold_data).await.map(Some)
+        let mut found = Bitmap::full(size_bytes);
+        asked.iter().for_each(|extent| found.clear(*extent));
+        self.marked(&socket, export, nbd::BASE_ALLOCATION, asked, found, may_hold_data).await.map(Some)
     }
 
-    /// Adds an export, reads which granules a context marks, and deletes it again, before its client leaves. The inner
-    /// error is the reading's.
+    /// Adds an export, adds what a context marks of some extents to what was `found`, and deletes the export again, before its
+    /// client leaves. The inner error is the reading's.
     async fn marked(
         &self,
         socket: &Path,
         export: Value,
         context: &str,
-        size_bytes: u64,
+        asked: &[Extent],
+        mut found: Bitmap,
         is_marked: impl Fn(u32) -> bool,
     ) -> Result<Result<Bitmap, NbdError>, Failure> {
         let id = export["id"].as_str().unwrap_or_default().to_owned();
         let client = self.export(socket, export, vec![context.to_owned()]).await?;
-        let mut found = Bitmap::new(size_bytes);
-        let mark = |extent, flags| {
-            if is_marked(flags) {
-                found.set(extent);
+        let mut read = Ok(());
+        for extent in asked {
+            let mark = |extent, flags| {
+                if is_marked(flags) {
+                    found.set(extent);
+                }
+            };
+            read = client.block_status_all(context, *extent, mark).await;
+            if read.is_err() {
+                break;
             }
-        };
-        let read = client.block_status_all(context, Extent::new(0, size_bytes), mark).await;
+        }
         undo::delete_export(&self.monitor, &id).await.map_err(qemu_failed)?;
         client.close().await;
         Ok(read.map(|()| found))
