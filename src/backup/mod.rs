@@ -59,6 +59,8 @@ pub use sidecar::{Again, Sidecar};
 
 /// How often a backup is begun anew after its session was lost for good.
 const MAX_NEW_STARTS: usize = 2;
+/// How often a backup that gave way to its guest is begun anew.
+const MAX_RETRIES: u32 = 5;
 /// How long a sidecar may take to hear that its session is given up.
 const LEAVES_WITHIN: Duration = Duration::from_secs(3);
 
@@ -81,6 +83,9 @@ pub struct BackupOptions {
     pub freeze: Option<Policy>,
     /// What it may cost the guest; the sidecar's own limits hold, too.
     pub budget: Budget,
+    /// After how long a backup that gave way to its guest is begun anew, at first: twice as long each time, [`MAX_RETRIES`] times.
+    /// `None`: never.
+    pub retry_after: Option<Duration>,
     /// Share of the needed chunks that an incremental has confirmed beside them, in thousandths.
     pub audit_permille: u32,
     /// Most bytes a second that come, as they come.
@@ -102,6 +107,7 @@ impl Default for BackupOptions {
             hooks: Vec::new(),
             freeze: None,
             budget: Budget::default(),
+            retry_after: None,
             audit_permille: audit::DEFAULT_PERMILLE,
             limit_rate: None,
             wire_compression: None,
@@ -208,7 +214,7 @@ pub async fn run(
         Ok(()) => store(sidecar, &repo, &options, &distrusted, &mut progress, &mut interrupted).await,
         Err(why) => Err(Failed { error: Failure::new(FailureCode::Refused, why).into(), plan: None }),
     };
-    let (mut told, mut lost) = (vec![], 0);
+    let (mut told, mut lost, mut gave_way) = (vec![], 0, 0);
     while let Err(Failed { error, plan }) = &mut stored {
         if let BackupError::Sidecar(failure) = &*error
             && failure.code == FailureCode::SessionGone
@@ -218,6 +224,25 @@ pub async fn run(
             let warning = format!("{failure}; the backup was begun anew, with another instant");
             tracing::warn!(%vm, "{failure}; the backup begins anew");
             told.push(warning);
+        } else if let BackupError::Sidecar(failure) = &*error
+            && failure.code == FailureCode::GaveWay
+            && let Some(first) = options.retry_after
+            && gave_way < MAX_RETRIES
+            && again.is_some()
+        {
+            let wait = first.saturating_mul(1 << gave_way);
+            gave_way += 1;
+            let seconds = wait.as_secs();
+            tracing::warn!(%vm, "{failure}; what has come is kept, and the backup begins anew in {seconds} s");
+            told.push(format!("{failure}; the backup was begun anew after {seconds} s, with another instant"));
+            let waiting = async {
+                tokio::time::sleep(wait).await;
+                Ok(())
+            };
+            if let Err(stop) = stoppable(&mut interrupted, waiting).await {
+                *error = stop;
+                break;
+            }
         } else if let Some(plan) = plan
             && let Some(found) = doubt(&repo, &vm, error, plan, options.audit_permille > 0).await?
         {

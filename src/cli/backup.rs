@@ -65,6 +65,10 @@ pub struct BackupArgs {
     skip: SkipArgs,
     #[command(flatten)]
     budget: BudgetArgs,
+    /// Where the backup gave way to the guest's writes, begin it anew after so many seconds, and twice as many each time, up to five
+    /// times; 0: end with exit code 4.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400), default_value = "60")]
+    retry_after: u64,
 }
 
 /// What the backup may cost the guest.
@@ -269,6 +273,7 @@ pub async fn run(context: &Context, args: &BackupArgs) -> anyhow::Result<Code> {
         freeze,
         audit_permille,
         budget,
+        retry_after: (args.retry_after > 0).then(|| Duration::from_secs(args.retry_after)),
         hooks,
         wait,
         ..args.what.options()

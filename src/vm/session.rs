@@ -403,7 +403,7 @@ impl Vm {
         self.set_progress(|p| *p = None);
         if outcome.is_err() {
             // Nobody is told otherwise.
-            totals.warnings.iter().for_each(|warning| tracing::error!(vm = self.inner.name, "{warning}"));
+            totals.warnings.iter().for_each(|warning| tracing::warn!(vm = self.inner.name, "{warning}"));
         }
         tracing::info!(vm = self.inner.name, ?totals, "session over");
         outcome.map(|()| Event::End(totals))

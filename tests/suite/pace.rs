@@ -158,6 +158,50 @@ async fn a_backup_gives_way_to_the_guest_qemu_7() {
     gives_way(Version::V7).await;
 }
 
+/// The same of the command: it ends with the code for that, or begins anew by itself and uses what it has.
+#[test]
+fn a_backup_that_gave_way_begins_anew() {
+    let mut qemu = start(Version::V10, 64);
+    let (state, repo, log) = (qemu.path("state"), qemu.path("repo"), qemu.path("backup.log"));
+    run(livebackup().arg("init").arg(&repo));
+    let source = format!("qmp:{}", qemu.socket().display());
+    let backup = |qemu: &mut Qemu, retry: &str| {
+        let mut command = livebackup();
+        command.arg("--json").arg("--state").arg(&state).args(["backup", &source]).arg(&repo);
+        command.args(["--max-added-write-latency", "5", "--max-read-rate", "8M", "--retry-after", retry]);
+        command.stdout(std::process::Stdio::piped()).stderr(std::fs::File::create(&log).unwrap());
+        let mut backup = command.spawn().unwrap();
+        wait_until("the fleece", || qemu.nodes().iter().any(|node| node.ends_with("-snap0")));
+        throttle(qemu, SLOW);
+        let stop = AtomicBool::new(false);
+        let gave_way = std::thread::scope(|scope| {
+            scope.spawn(|| keep_writing(qemu, &stop));
+            let start = Instant::now();
+            let mut gave_way = || {
+                let told = std::fs::read_to_string(&log).unwrap().contains("gave way");
+                told || backup.try_wait().unwrap().is_some()
+            };
+            while !gave_way() && start.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            stop.store(true, Ordering::Relaxed);
+            gave_way()
+        });
+        assert!(gave_way, "the backup gives way before it is over");
+        throttle(qemu, 0);
+        backup.wait_with_output().unwrap()
+    };
+    let ended = backup(&mut qemu, "0");
+    assert_eq!(ended.status.code(), Some(4), "{ended:?}");
+    let done = backup(&mut qemu, "2");
+    assert!(done.status.success(), "{done:?}");
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert!(report["warnings"].to_string().contains("begun anew after 2 s"), "{report}");
+    let disk = &report["disks"][0];
+    assert!(disk["stored_bytes"].as_u64().unwrap() < 60 * MIB, "what was stored before is used: {report}");
+    restored_equals_the_disk(&qemu);
+}
+
 /// How a session fails under a client that takes its time, so that it is not over before; nothing where all was sent.
 async fn failure_of(session: &mut Session) -> Option<Failure> {
     loop {
