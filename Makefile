@@ -38,16 +38,17 @@ bench: cargo ## measure (release): the parts, then all of it beside QEMU's own m
 	bench/tracking.py
 	$(MAKE) --no-print-directory bench-write-overhead
 
-bench-throughput: cargo ## only the latter (about 15 minutes); writes bench/RESULTS.md
+bench-throughput: cargo ## only the latter (about 15 minutes); writes bench/RESULTS.md and its picture
 	tests/setup.sh --bench
 	$(CARGO) build --release --locked
 	bench/throughput.py
 
-bench-write-overhead: cargo ## what backups cost a guest's writes, by method (about 5 minutes); writes bench/WRITE-OVERHEAD.md
+bench-write-overhead: cargo ## what backups cost a guest's writes, by method, workload and reader (about 20 minutes); writes bench/WRITE-OVERHEAD.md
 	tests/setup.sh --packages
 	$(CARGO) build --release --locked
 	mkdir -p target/bench
-	"$${CARGO_TARGET_DIR:-target}/release/livebackup" bench write-overhead --markdown bench/WRITE-OVERHEAD.md \
+	"$${CARGO_TARGET_DIR:-target}/release/livebackup" bench write-overhead --workload all --seconds 3 \
+	  --reader-rate unlimited --reader-rate 100M --markdown bench/WRITE-OVERHEAD.md \
 	  --html target/bench/write-overhead.html --json-file target/bench/write-overhead.json
 
 cargo:

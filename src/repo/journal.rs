@@ -138,14 +138,18 @@ pub(crate) fn packs(layout: &Layout) -> Result<HashSet<PackId>, RepoError> {
     let mut found = HashSet::new();
     for entry in fs::read_dir(&journals).map_err(at())? {
         let path = entry.map_err(at())?.path().join(LIST);
-        let mut bytes = Vec::new();
         // One that has just gone lists nothing.
         if let Ok(list) = File::open(&path) {
-            list.take(MAX_JOURNAL_BYTES).read_to_end(&mut bytes).map_err(RepoError::io("read", &path))?;
+            found.extend(read_list(&list, &path)?.into_iter().map(|pack| pack.id));
         }
-        found.extend(decode(&bytes).into_iter().map(|pack| pack.id));
     }
     Ok(found)
+}
+
+fn read_list(list: &File, path: &Path) -> Result<Vec<PackRef>, RepoError> {
+    let mut bytes = Vec::new();
+    list.take(MAX_JOURNAL_BYTES).read_to_end(&mut bytes).map_err(RepoError::io("read", path))?;
+    Ok(decode(&bytes))
 }
 
 /// Adopts what dead writers left: see the module. Returns how many packs were found and listed.
@@ -179,11 +183,9 @@ fn adopt_one(layout: &Layout, dir: &Path) -> Result<usize, RepoError> {
     if meta.nlink() == 0 {
         return Ok(0);
     }
-    let mut bytes = Vec::new();
-    (&list).take(MAX_JOURNAL_BYTES).read_to_end(&mut bytes).map_err(RepoError::io("read", &path))?;
     let listed: HashSet<_> = IndexSet::open(layout)?.packs()?.into_iter().map(|p| p.id).collect();
     let (mut packs, mut entries) = (Vec::new(), Vec::new());
-    for pack in decode(&bytes).into_iter().filter(|pack| !listed.contains(&pack.id)) {
+    for pack in read_list(&list, &path)?.into_iter().filter(|pack| !listed.contains(&pack.id)) {
         match packfile::read_directory(&layout.pack(pack.id)) {
             Ok((found, blobs)) if found == pack => {
                 let number = packs.len() as u32;
