@@ -59,6 +59,7 @@ mod pin;
 pub mod place;
 mod power;
 pub mod quiet;
+mod reach;
 pub mod scratch;
 mod select;
 mod sending;

@@ -271,7 +271,7 @@ impl Vm {
         }
         let mut disks = vec![];
         for ((epoch, shown), FleeceDisk { plan, .. }) in shown.into_iter().zip(&fleece.disks) {
-            let mut ready = shown.connect(chunk_bytes, pace.clone()).await?;
+            let mut ready = shown.connect(self.monitor(), chunk_bytes, pace.clone()).await?;
             let areas = match leaves_out {
                 true => Some(areas::leave_out(self.monitor(), &mut ready, plan, &self.inner.options.skip).await?),
                 false => None,

@@ -16,11 +16,13 @@ use super::compare::{Compared, Expected, Out, Read, hash};
 use super::fleece::Fleece;
 use super::internal;
 use super::pace::Pace;
+use super::reach::reach;
 use crate::block::{BlockSource, Reading, SourceError, SourceRules};
 use crate::checkpoint::Bitmap;
 use crate::extent::Extent;
 use crate::limits::{MAX_DISCARD_BYTES, MAX_READ_BYTES};
 use crate::machine::Disk;
+use crate::monitor::Monitor;
 use crate::nbd::{self, NbdSource, SourceOptions};
 use crate::units::{GRANULE_BYTES, MIB};
 use crate::vhost::VhostSource;
@@ -182,7 +184,7 @@ pub async fn show(
 
 impl ShownDisk {
     /// Opens the disk's source.
-    pub async fn connect(self, chunk_bytes: u64, pace: Arc<Pace>) -> Result<ReadyDisk, Failure> {
+    pub async fn connect(self, monitor: &Monitor, chunk_bytes: u64, pace: Arc<Pace>) -> Result<ReadyDisk, Failure> {
         let Self { disk, export, needed: Needed { bitmap: needed, compared }, data, rules } = self;
         let source = match export {
             Export::Vhost(socket) => {
@@ -200,7 +202,7 @@ impl ShownDisk {
                     request_bytes: Some(GRANULE_BYTES),
                     connect: Default::default(),
                 };
-                Source::Nbd(NbdSource::open(&options).await.map_err(internal)?)
+                Source::Nbd(reach(monitor, || NbdSource::open(&options)).await?)
             }
         };
         let (source, discards, name) = (Arc::new(source), !disk.read_only, disk.name);

@@ -91,6 +91,7 @@ mod schemas;
 mod server_memory;
 mod session;
 mod session_end;
+mod stops;
 mod tls;
 mod torture;
 mod trimmed;

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::descriptors::pass_listener;
+use super::reach::reach;
 use super::undo::{self, Debt, Debts};
 use super::{internal, qemu_failed};
 use crate::checkpoint::Bitmap;
@@ -133,8 +134,8 @@ impl Harvester {
         let name = export.get("name").unwrap_or(&export["node-name"]).as_str().unwrap_or_default().to_owned();
         self.monitor.raw("block-export-add", export).await.map_err(qemu_failed)?;
         let wanted = Wanted { export: name, contexts };
-        let address = nbd::Address::Unix(socket.to_owned());
-        nbd::connect(&address, &wanted, &ConnectOptions::default()).await.map_err(internal)
+        let (address, options) = (nbd::Address::Unix(socket.to_owned()), ConnectOptions::default());
+        reach(&self.monitor, || nbd::connect(&address, &wanted, &options)).await
     }
 
     /// The socket of QEMU's NBD server, started if it has none; `None` where another program has started it.
