@@ -3,7 +3,7 @@
 mod guest;
 
 use super::scratch::ScratchDir;
-use super::{Vm, graph, persist};
+use super::{Transport, Vm, graph, persist};
 use crate::machine::Verdict;
 use crate::monitor::{self, Capabilities};
 use crate::units::human_bytes;
@@ -68,6 +68,15 @@ impl Vm {
                     "runs in an iothread, and this QEMU ({version}) hangs when it is told to quit while a backup reads such a \
                      disk: let the backup end first, or use QEMU 10"
                 );
+                checks.push(Check::new(&name, Warn, words));
+            }
+            if found.disk.iothread
+                && found.verdict == Verdict::Protectable
+                && version.at_least(10, 0)
+                && self.inner.options.transport == Transport::Vhost
+            {
+                let words = "runs in an iothread and is read over vhost-user-blk, as asked for: QEMU may crash when the guest is \
+                             stopped (`stop`, virsh suspend) or the device reset meanwhile; without --transport it is read over NBD";
                 checks.push(Check::new(&name, Warn, words));
             }
             checks.push(match (&found.verdict, &found.disk.shared) {
