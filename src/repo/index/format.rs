@@ -1,4 +1,4 @@
-//! Index format, version 1: sorted entries, read through a memory map.
+//! Index format, version 1: sorted entries, read where they lie.
 //!
 //! ```text
 //! index  = header ‖ pack × packs ‖ entry × entries                                  little-endian
@@ -9,15 +9,24 @@
 //! ```
 //!
 //! * Entries ascend by digest; one digest may occur more than once (a second copy in another pack). Digests are
-//!   uniformly random, so an interpolated guess lands within a page or two: three guesses and a short gallop.
+//!   uniformly random, so an interpolated guess lands near: two or three parts of 256 entries tell where one of many millions
+//!   is. Where they are not random, the search is by halves from the fourth on.
+//! * Nothing is mapped: of a file that somebody cuts short, or of a medium that fails, a map is a signal that ends the
+//!   process, and a read is an error. What was read is kept within bounds ([`kept`](super::kept)).
 //! * Packs are named by number, so that an entry has 48 bytes and not 60.
 //! * The checksum of the body is checked by `verify` and before a merge, not at each opening: that would read it all.
 //!   Every access is bounds-checked instead, and a wrong place is found by the digest of what lies there.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 use crate::repo::blob::Placed;
 use crate::repo::digest::Digest;
 use crate::repo::error::FormatError;
 use crate::repo::fields::{u16_at, u32_at, u64_at};
+use crate::repo::index::kept::Kept;
 use crate::repo::pack::{HEADER_BYTES as PACK_HEADER_BYTES, MAX_PACK_BYTES, PackKind};
 use crate::units::PackId;
 
@@ -27,6 +36,11 @@ pub const HEADER_BYTES: usize = 64;
 pub const PACK_BYTES: usize = 32;
 /// Length of an entry.
 pub const ENTRY_BYTES: usize = 48;
+
+/// Entries that are read at once: 12 KiB. A guess among a hundred thousand is hardly ever further off.
+const PART_ENTRIES: u64 = 256;
+/// The same of packs.
+const PART_PACKS: u64 = 128;
 
 const VERSION: u16 = 1;
 const MAGIC: &[u8; 8] = b"\x89LBindx\n";
@@ -103,9 +117,9 @@ pub struct Header {
 }
 
 impl Header {
-    /// Decodes the header of an index file whose bytes these are.
-    pub fn decode(file: &[u8]) -> Result<Self, FormatError> {
-        let header = file.get(..HEADER_BYTES).ok_or_else(|| FormatError::bad("it is shorter than a header"))?;
+    /// Decodes the header of an index file that has this length and begins with these bytes.
+    pub fn decode(begin: &[u8], file_bytes: u64) -> Result<Self, FormatError> {
+        let header = begin.get(..HEADER_BYTES).ok_or_else(|| FormatError::bad("it is shorter than a header"))?;
         let short = || FormatError::bad("it is shorter than a header");
         if header[..8] != *MAGIC {
             return Err(FormatError::bad("it does not begin as an index does"));
@@ -125,8 +139,8 @@ impl Header {
             body_crc: u32_at(header, 32).ok_or_else(short)?,
         };
         let expected = this.entries.checked_mul(ENTRY_BYTES as u64).and_then(|e| e.checked_add(this.entries_at()));
-        if expected != Some(file.len() as u64) {
-            return Err(FormatError::bad(format!("its length of {} bytes is not what its header says", file.len())));
+        if expected != Some(file_bytes) {
+            return Err(FormatError::bad(format!("its length of {file_bytes} bytes is not what its header says")));
         }
         Ok(this)
     }
@@ -143,26 +157,76 @@ pub struct Entry {
     pub digest: Digest,
     /// Number of the pack in the table.
     pub pack: u32,
+    /// The pack's id there.
+    pub pack_id: PackId,
     /// Where in the pack.
     pub placed: Placed,
 }
 
-/// The bytes of an index file, ready for look-ups.
-#[derive(Clone, Copy, Debug)]
+impl Entry {
+    /// Decodes an entry and checks it against the pack that it names, which `pack_of` has.
+    pub fn decode(
+        raw: &RawEntry,
+        pack_of: impl FnOnce(u32) -> Result<PackRef, FormatError>,
+    ) -> Result<Self, FormatError> {
+        let digest = digest_of(raw);
+        let pack = u32_at(raw, 32).unwrap_or(u32::MAX);
+        let placed = Placed::decode(&raw[36..])?;
+        let PackRef { id: pack_id, len_bytes, .. } = pack_of(pack)?;
+        if placed.end() > len_bytes || u64::from(placed.offset_bytes) < PACK_HEADER_BYTES {
+            return Err(FormatError::bad(format!("its entry for {digest} points outside of the pack")));
+        }
+        Ok(Self { digest, pack, pack_id, placed })
+    }
+}
+
+/// Where the bytes of an index file are.
+pub trait Source {
+    /// Reads exactly these.
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
+}
+
+impl Source for File {
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.read_exact_at(buffer, offset_bytes)
+    }
+}
+
+impl Source for &[u8] {
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        let from = usize::try_from(offset_bytes).ok().and_then(|at| self.get(at..)?.get(..buffer.len()));
+        buffer.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+/// What was read of an index file.
+#[derive(Debug)]
+pub struct Cache {
+    packs: Kept<[u8; PACK_BYTES]>,
+    entries: Kept<RawEntry>,
+}
+
+impl Cache {
+    /// Nothing yet, of a file with this header.
+    pub fn new(header: &Header) -> Self {
+        let packs = u64::from(header.packs).div_ceil(PART_PACKS);
+        Self { packs: Kept::new(packs), entries: Kept::new(header.entries.div_ceil(PART_ENTRIES)) }
+    }
+}
+
+/// An index file, ready for look-ups.
+#[derive(Clone, Copy)]
 pub struct View<'a> {
-    file: &'a [u8],
+    source: &'a dyn Source,
     header: Header,
+    cache: &'a Cache,
 }
 
 impl<'a> View<'a> {
-    /// Checks the header.
-    pub fn open(file: &'a [u8]) -> Result<Self, FormatError> {
-        Ok(Self { file, header: Header::decode(file)? })
-    }
-
-    /// These bytes, whose header was decoded before.
-    pub(crate) fn of_checked(file: &'a [u8], header: Header) -> Self {
-        Self { file, header }
+    /// A source whose header was decoded before, with what was read of it.
+    pub(crate) fn new(source: &'a dyn Source, header: Header, cache: &'a Cache) -> Self {
+        Self { source, header, cache }
     }
 
     /// The header.
@@ -170,104 +234,172 @@ impl<'a> View<'a> {
         self.header
     }
 
+    fn read(&self, buffer: &mut [u8], offset_bytes: u64) -> Result<(), FormatError> {
+        self.source.read_at(buffer, offset_bytes).map_err(|error| {
+            FormatError::bad(match error.kind() {
+                io::ErrorKind::UnexpectedEof => "it was cut short while it was in use".to_owned(),
+                _ => format!("it cannot be read at {offset_bytes}: {error}"),
+            })
+        })
+    }
+
     /// Reads everything and compares it with the checksum; also checks that entries ascend and can be decoded.
     pub fn check_body(&self) -> Result<(), FormatError> {
-        if crc32fast::hash(&self.file[HEADER_BYTES.min(self.file.len())..]) != self.header.body_crc {
+        let mut crc = crc32fast::Hasher::new();
+        let packs = self.packs()?;
+        packs.iter().for_each(|bytes| crc.update(bytes));
+        let packs = packs.iter().map(|bytes| PackRef::decode(bytes)).collect::<Result<Vec<_>, _>>();
+        let mut order = Ok(());
+        let mut last = Digest::ZERO;
+        for raw in self.entries() {
+            let raw = raw?;
+            crc.update(&raw);
+            if order.is_ok() {
+                let pack = |n: u32| packs.as_ref().ok().and_then(|packs| packs.get(n as usize)).copied();
+                order = Entry::decode(&raw, |n| pack(n).ok_or_else(|| self.no_pack(n))).and_then(|entry| {
+                    let before = std::mem::replace(&mut last, entry.digest);
+                    if entry.digest < before { Err(FormatError::bad("its entries are not in order")) } else { Ok(()) }
+                });
+            }
+        }
+        if crc.finalize() != self.header.body_crc {
             return Err(FormatError::bad("the checksum of its body is wrong"));
         }
-        (0..self.header.packs).try_for_each(|n| self.pack(n).map(drop))?;
-        let mut last = Digest::ZERO;
-        for n in 0..self.header.entries {
-            let entry = self.entry(n)?;
-            if entry.digest < last {
-                return Err(FormatError::bad("its entries are not in order"));
-            }
-            last = entry.digest;
+        packs?;
+        order
+    }
+
+    fn no_pack(&self, n: u32) -> FormatError {
+        FormatError::bad(format!("an entry names pack number {n} of {}", self.header.packs))
+    }
+
+    /// The pack table as it is stored.
+    fn packs(&self) -> Result<Vec<[u8; PACK_BYTES]>, FormatError> {
+        let parts = u64::from(self.header.packs).div_ceil(PART_PACKS);
+        let mut packs = Vec::new();
+        for part in 0..parts {
+            packs.extend_from_slice(&self.part_of_packs(part)?);
         }
-        Ok(())
+        Ok(packs)
+    }
+
+    fn part_of_packs(&self, part: u64) -> Result<Cow<'a, [[u8; PACK_BYTES]]>, FormatError> {
+        let first = part * PART_PACKS;
+        self.cache.packs.get(part, || {
+            let mut packs =
+                vec![[0; PACK_BYTES]; u64::from(self.header.packs).saturating_sub(first).min(PART_PACKS) as usize];
+            self.read(packs.as_flattened_mut(), HEADER_BYTES as u64 + first * PACK_BYTES as u64)?;
+            Ok(packs)
+        })
+    }
+
+    /// All packs of the table.
+    pub fn all_packs(&self) -> Result<Vec<PackRef>, FormatError> {
+        self.packs()?.iter().map(|bytes| PackRef::decode(bytes)).collect()
     }
 
     /// Pack number `n` of the table.
     pub fn pack(&self, n: u32) -> Result<PackRef, FormatError> {
-        let at = HEADER_BYTES + n as usize * PACK_BYTES;
-        match self.file.get(at..at + PACK_BYTES) {
-            Some(bytes) if n < self.header.packs => PackRef::decode(bytes),
-            _ => Err(FormatError::bad(format!("an entry names pack number {n} of {}", self.header.packs))),
+        if n >= self.header.packs {
+            return Err(self.no_pack(n));
         }
-    }
-
-    /// The stored bytes of entry number `n`.
-    pub fn raw_entry(&self, n: u64) -> Option<&'a RawEntry> {
-        let at = usize::try_from(self.header.entries_at().checked_add(n.checked_mul(ENTRY_BYTES as u64)?)?).ok()?;
-        self.file.get(at..)?.first_chunk()
+        let part = self.part_of_packs(u64::from(n) / PART_PACKS)?;
+        PackRef::decode(part.get((u64::from(n) % PART_PACKS) as usize).ok_or_else(|| self.no_pack(n))?)
     }
 
     /// Entry number `n`, checked against the pack that it names.
     pub fn entry(&self, n: u64) -> Result<Entry, FormatError> {
-        let raw = self.raw_entry(n).ok_or_else(|| FormatError::bad("an entry is missing"))?;
-        let digest = Digest::from_slice(raw).unwrap_or_default();
-        let pack = u32_at(raw, 32).unwrap_or(u32::MAX);
-        let placed = Placed::decode(&raw[36..])?;
-        if placed.end() > self.pack(pack)?.len_bytes || u64::from(placed.offset_bytes) < PACK_HEADER_BYTES {
-            return Err(FormatError::bad(format!("its entry for {digest} points outside of the pack")));
-        }
-        Ok(Entry { digest, pack, placed })
+        let part = self.part(n / PART_ENTRIES)?;
+        let raw = part.get((n % PART_ENTRIES) as usize).ok_or_else(|| FormatError::bad("an entry is missing"))?;
+        Entry::decode(raw, |pack| self.pack(pack))
     }
 
-    fn digest(&self, n: u64) -> Digest {
-        self.raw_entry(n).and_then(|raw| Digest::from_slice(raw)).unwrap_or_default()
+    /// Part number `n` of the entries, which is empty behind their end.
+    fn part(&self, n: u64) -> Result<Cow<'a, [RawEntry]>, FormatError> {
+        self.cache.entries.get(n, || self.read_part(n))
+    }
+
+    fn read_part(&self, n: u64) -> Result<Vec<RawEntry>, FormatError> {
+        let first = n.saturating_mul(PART_ENTRIES);
+        let mut entries = vec![[0; ENTRY_BYTES]; self.header.entries.saturating_sub(first).min(PART_ENTRIES) as usize];
+        // The header was checked: nothing that is there overflows.
+        let at = self.header.entries_at().saturating_add(first.saturating_mul(ENTRY_BYTES as u64));
+        if !entries.is_empty() {
+            self.read(entries.as_flattened_mut(), at)?;
+        }
+        Ok(entries)
+    }
+
+    /// All entries in their order, as they are stored; nothing is kept. An error is the last.
+    pub fn entries(&self) -> impl Iterator<Item = Result<RawEntry, FormatError>> + use<'a> {
+        let this = *self;
+        let (mut part, mut at, mut next) = (vec![], 0, 0);
+        std::iter::from_fn(move || {
+            if at == part.len() {
+                at = 0;
+                part = match this.read_part(next) {
+                    Ok(part) => part,
+                    Err(error) => {
+                        (part, next) = (vec![], u64::MAX);
+                        return Some(Err(error));
+                    }
+                };
+                next = next.saturating_add(1);
+            }
+            let raw = *part.get(at)?;
+            at += 1;
+            Some(Ok(raw))
+        })
     }
 
     /// Number of the first entry that is not below `digest`; the count of entries if there is none.
-    pub fn lower_bound(&self, digest: &Digest) -> u64 {
-        let (mut low, mut high) = (0, self.header.entries);
+    pub fn lower_bound(&self, digest: &Digest) -> Result<u64, FormatError> {
+        let (mut low, mut high) = (0, self.header.entries.div_ceil(PART_ENTRIES));
         let (mut low_key, mut high_key) = (0, u64::MAX);
-        let mut from_low = true;
         let wanted = digest.prefix();
-        for _ in 0..3 {
-            if high - low < 8 || wanted < low_key || wanted > high_key {
-                break;
-            }
-            let part = u128::from(wanted - low_key) * u128::from(high - low) / (u128::from(high_key - low_key) + 1);
-            let middle = low + part as u64;
-            let found = self.digest(middle);
-            from_low = found < *digest;
-            if from_low {
-                (low, low_key) = (middle + 1, found.prefix());
-            } else {
-                (high, high_key) = (middle, found.prefix());
-            }
-        }
-        let mut step = 4;
-        while high - low > step {
-            let middle = if from_low { low + step } else { high - step };
-            let below = self.digest(middle) < *digest;
-            if below {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-            if below != from_low {
-                break;
-            }
-            step *= 2;
-        }
+        let mut guesses = 0;
         while low < high {
-            let middle = low + (high - low) / 2;
-            if self.digest(middle) < *digest {
-                low = middle + 1;
+            let mut middle = low + (high - low) / 2;
+            if guesses < 3 && (low_key..=high_key).contains(&wanted) {
+                let part = u128::from(wanted - low_key) * u128::from(high - low) / (u128::from(high_key - low_key) + 1);
+                middle = low + part as u64;
+            }
+            guesses += 1;
+            let part = self.part(middle)?;
+            let of = |raw: Option<&RawEntry>| raw.map(digest_of).unwrap_or_default();
+            let (begin, end) = (of(part.first()), of(part.last()));
+            if end < *digest {
+                (low, low_key) = (middle + 1, end.prefix());
+            } else if middle > low && begin >= *digest {
+                (high, high_key) = (middle, begin.prefix());
             } else {
-                high = middle;
+                return Ok(middle * PART_ENTRIES + part.partition_point(|raw| digest_of(raw) < *digest) as u64);
             }
         }
-        low
+        Ok(self.header.entries.min(low.saturating_mul(PART_ENTRIES)))
     }
 
-    /// The entries of a digest, with their numbers.
-    pub fn find(&self, digest: &Digest) -> impl Iterator<Item = (u64, Result<Entry, FormatError>)> + use<'a> {
+    /// The entries of a digest, with their numbers. An error is the last.
+    pub fn find(&self, digest: &Digest) -> impl Iterator<Item = Result<(u64, Entry), FormatError>> + use<'a> {
         let (this, digest) = (*self, *digest);
-        (this.lower_bound(&digest)..this.header.entries)
-            .take_while(move |n| this.digest(*n) == digest)
-            .map(move |n| (n, this.entry(n)))
+        let mut next = Some(this.lower_bound(&digest));
+        std::iter::from_fn(move || {
+            let number = match next.take()? {
+                Ok(number) if number < this.header.entries => number,
+                Ok(_) => return None,
+                Err(error) => return Some(Err(error)),
+            };
+            let part = match this.part(number / PART_ENTRIES) {
+                Ok(part) => part,
+                Err(error) => return Some(Err(error)),
+            };
+            let raw = part.get((number % PART_ENTRIES) as usize).filter(|raw| digest_of(raw) == digest)?;
+            next = Some(Ok(number + 1));
+            Some(Entry::decode(raw, |pack| this.pack(pack)).map(|entry| (number, entry)))
+        })
     }
+}
+
+fn digest_of(raw: &RawEntry) -> Digest {
+    Digest::from_slice(raw).unwrap_or_default()
 }

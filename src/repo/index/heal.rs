@@ -64,7 +64,7 @@ pub fn in_memory(layout: &Layout, set: &IndexSet) -> Result<Option<IndexFile>, R
     let file = memfd_create(c"index", MFdFlags::MFD_CLOEXEC).map_err(|e| failed()(e.into()))?;
     let file = File::from(file);
     merge::write_into(&file, &packs, entries.into_iter()).map_err(failed())?;
-    IndexFile::of(&file, &path).map(Some)
+    IndexFile::of(file, &path).map(Some)
 }
 
 /// Writes what these index files do not list as one more, and removes the damaged ones. Gives it, if there was anything.

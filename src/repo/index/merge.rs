@@ -15,6 +15,7 @@ use jiff::Timestamp;
 
 use crate::durable::{self, Pending, Replace};
 use crate::fault;
+use crate::repo::digest::Digest;
 use crate::repo::error::RepoError;
 use crate::repo::index::format::{HEADER_BYTES, PackRef, RawEntry, encode_header};
 use crate::repo::index::set::{IndexFile, IndexSet};
@@ -35,9 +36,23 @@ pub fn write(
     packs: &[PackRef],
     entries: impl Iterator<Item = RawEntry>,
 ) -> Result<IndexFile, RepoError> {
+    try_write(layout, packs, entries.map(Ok))
+}
+
+/// [`write`] of entries of which one may be an error: then nothing is written.
+fn try_write(
+    layout: &Layout,
+    packs: &[PackRef],
+    mut entries: impl Iterator<Item = Result<RawEntry, RepoError>>,
+) -> Result<IndexFile, RepoError> {
     let path: PathBuf = layout.index().join(PackId::random().to_string());
     let pending = Pending::create(&path)?;
-    write_into(pending.file(), packs, entries).map_err(RepoError::io("write the index", pending.temporary()))?;
+    let mut failure = None;
+    let good = std::iter::from_fn(|| entries.next()?.map_err(|error| failure = Some(error)).ok());
+    write_into(pending.file(), packs, good).map_err(RepoError::io("write the index", pending.temporary()))?;
+    if let Some(error) = failure {
+        return Err(error);
+    }
     pending.commit(Replace::No)?;
     fault::point("repo.index-written");
     IndexFile::open(&path)
@@ -84,39 +99,42 @@ pub fn merge_if_many(layout: &Layout) -> Result<Option<IndexSet>, RepoError> {
 }
 
 /// Merges these files into one and removes them.
-fn merge(layout: &Layout, files: &[Arc<IndexFile>]) -> Result<(), RepoError> {
+pub(super) fn merge(layout: &Layout, files: &[Arc<IndexFile>]) -> Result<(), RepoError> {
     let mut packs = Vec::new();
     let mut numbers = HashMap::new();
-    let mut translations = Vec::new();
+    let mut inputs = Vec::new();
     for file in files {
-        let view = file.view();
         let mut translation = Vec::new();
-        for n in 0..view.header().packs {
-            let pack = view.pack(n).map_err(|e| file.error(e))?;
+        for pack in file.view().all_packs().map_err(|e| file.error(e))? {
             translation.push(*numbers.entry(pack.id).or_insert_with(|| {
                 packs.push(pack);
                 packs.len() as u32 - 1
             }));
         }
-        translations.push(translation);
+        inputs.push((file.view().entries().peekable(), translation));
     }
-    let mut heads = vec![0u64; files.len()];
     let mut last: Option<RawEntry> = None;
     let next = || {
         loop {
-            let candidates = files.iter().enumerate().filter_map(|(i, f)| Some((f.view().raw_entry(heads[i])?, i)));
-            let (raw, from) = candidates.min_by_key(|(raw, i)| (&raw[..32], *i))?;
-            heads[from] += 1;
-            let mut entry = *raw;
-            let number = u32::from_le_bytes([raw[32], raw[33], raw[34], raw[35]]);
-            let number = translations[from].get(number as usize).copied().unwrap_or(u32::MAX);
+            // What cannot be read comes first, and ends it: it is not a file's end.
+            let heads = inputs.iter_mut().enumerate().filter_map(|(i, (entries, _))| {
+                Some((entries.peek()?.as_ref().ok().and_then(|raw| Digest::from_slice(raw)), i))
+            });
+            let (_, from) = heads.min()?;
+            let (entries, translation) = &mut inputs[from];
+            let mut entry = match entries.next()? {
+                Ok(entry) => entry,
+                Err(error) => return Some(Err(files[from].error(error))),
+            };
+            let number = u32::from_le_bytes([entry[32], entry[33], entry[34], entry[35]]);
+            let number = translation.get(number as usize).copied().unwrap_or(u32::MAX);
             entry[32..36].copy_from_slice(&number.to_le_bytes());
             if last.replace(entry) != Some(entry) {
-                return Some(entry);
+                return Some(Ok(entry));
             }
         }
     };
-    write(layout, &packs, std::iter::from_fn(next))?;
+    try_write(layout, &packs, std::iter::from_fn(next))?;
     fault::point("repo.index-merged");
     for file in files {
         durable::remove_file(file.path())?;

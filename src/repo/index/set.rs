@@ -4,17 +4,16 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use memmap2::Mmap;
 
 use crate::durable::TEMPORARY_ENDING;
 use crate::repo::blob::Placed;
 use crate::repo::damage::{self, Marks};
 use crate::repo::digest::Digest;
 use crate::repo::error::{FormatError, RepoError};
-use crate::repo::index::format::{Header, PackRef, View};
+use crate::repo::index::format::{Cache, HEADER_BYTES, Header, PackRef, View};
 use crate::repo::index::heal;
 use crate::repo::layout::Layout;
 use crate::units::PackId;
@@ -23,8 +22,9 @@ use crate::units::PackId;
 #[derive(Debug)]
 pub struct IndexFile {
     path: PathBuf,
-    map: Mmap,
+    file: File,
     header: Header,
+    cache: Cache,
     /// Numbers of packs that are not there, or not whole; filled for writers only.
     absent: HashSet<u32>,
     /// What is marked as damaged; filled for writers only.
@@ -32,19 +32,21 @@ pub struct IndexFile {
 }
 
 impl IndexFile {
-    /// Maps an index file and checks its header.
+    /// Opens an index file and checks its header.
     pub fn open(path: &Path) -> Result<Self, RepoError> {
         let file = File::open(path).map_err(RepoError::io("open the index", path))?;
-        Self::of(&file, path)
+        Self::of(file, path)
     }
 
     /// The same of an open file, which `path` names.
-    pub(super) fn of(file: &File, path: &Path) -> Result<Self, RepoError> {
-        // SAFETY: index files are written once, under another name, and never changed or truncated afterwards; removing
-        // one leaves the mapping valid. Whatever the bytes are, `View` checks every access.
-        let map = unsafe { Mmap::map(file) }.map_err(RepoError::io("map the index", path))?;
-        let header = Header::decode(&map).map_err(|e| e.at("index", path))?;
-        Ok(Self { path: path.to_owned(), map, header, absent: HashSet::new(), marks: Arc::default() })
+    pub(super) fn of(file: File, path: &Path) -> Result<Self, RepoError> {
+        let read = || RepoError::io("read the index", path);
+        let file_bytes = file.metadata().map_err(read())?.len();
+        let mut begin = vec![0; file_bytes.min(HEADER_BYTES as u64) as usize];
+        file.read_exact_at(&mut begin, 0).map_err(read())?;
+        let header = Header::decode(&begin, file_bytes).map_err(|e| e.at("index", path))?;
+        let cache = Cache::new(&header);
+        Ok(Self { path: path.to_owned(), file, header, cache, absent: HashSet::new(), marks: Arc::default() })
     }
 
     /// Its path.
@@ -52,9 +54,9 @@ impl IndexFile {
         &self.path
     }
 
-    /// Its bytes, for look-ups.
+    /// For look-ups.
     pub fn view(&self) -> View<'_> {
-        View::of_checked(&self.map, self.header)
+        View::new(&self.file, self.header, &self.cache)
     }
 
     /// Adds which file it was to a format error.
@@ -154,12 +156,11 @@ impl IndexSet {
         let marks = Arc::new(damage::load(layout)?);
         for file in &mut this.files {
             let mut absent = HashSet::new();
-            for n in 0..file.header.packs {
-                let pack = file.view().pack(n).map_err(|e| file.error(e))?;
+            for (n, pack) in file.view().all_packs().map_err(|e| file.error(e))?.iter().enumerate() {
                 let path = layout.pack(pack.id);
                 if !std::fs::metadata(&path).is_ok_and(|m| m.len() == pack.len_bytes) {
                     tracing::warn!(pack = %path.display(), "a pack is missing or cut short; run `livebackup verify`");
-                    absent.insert(n);
+                    absent.insert(n as u32);
                 }
             }
             if let Some(file) = Arc::get_mut(file) {
@@ -190,8 +191,7 @@ impl IndexSet {
         let mut seen = HashSet::new();
         let mut packs = Vec::new();
         for file in &self.files {
-            for n in 0..file.header.packs {
-                let pack = file.view().pack(n).map_err(|e| file.error(e))?;
+            for pack in file.view().all_packs().map_err(|e| file.error(e))? {
                 if seen.insert(pack.id) {
                     packs.push(pack);
                 }
@@ -204,11 +204,10 @@ impl IndexSet {
     pub fn find_all<'a>(&'a self, digest: &Digest) -> impl Iterator<Item = Result<Location, RepoError>> + use<'a> {
         let digest = *digest;
         self.files.iter().enumerate().flat_map(move |(number, file)| {
-            file.view().find(&digest).filter_map(move |(n, entry)| {
-                let located = entry.and_then(|entry| {
-                    let pack = file.view().pack(entry.pack)?;
-                    let location = Location { pack: pack.id, placed: entry.placed, entry: (number as u32, n) };
-                    Ok((!file.is_absent(entry.pack) && !file.is_marked(&location)).then_some(location))
+            file.view().find(&digest).filter_map(move |found| {
+                let located = found.map(|(n, entry)| {
+                    let location = Location { pack: entry.pack_id, placed: entry.placed, entry: (number as u32, n) };
+                    (!file.is_absent(entry.pack) && !file.is_marked(&location)).then_some(location)
                 });
                 located.map_err(|e| file.error(e)).transpose()
             })

@@ -6,6 +6,7 @@ use super::merge::{self, MAX_INDEX_FILES};
 use super::set::IndexSet;
 use crate::repo::blob::{Codec, Placed};
 use crate::repo::digest::Digest;
+use crate::repo::error::RepoError;
 use crate::repo::layout::Layout;
 use crate::repo::pack::PackKind;
 use crate::units::PackId;
@@ -48,7 +49,7 @@ fn all_that_is_there_is_found_and_nothing_else() {
             let file = merge::write(&layout, &[pack()], sorted(entries)).unwrap();
             file.view().check_body().unwrap();
             for n in 0..count {
-                let found: Vec<_> = file.view().find(&digest(n)).map(|(_, e)| e.unwrap().placed).collect();
+                let found: Vec<_> = file.view().find(&digest(n)).map(|e| e.unwrap().1.placed).collect();
                 assert_eq!(found, [placed(n)], "{n} of {count}, {squeeze}");
             }
             for n in count..count + 200 {
@@ -116,4 +117,43 @@ fn a_writer_does_not_trust_packs_that_are_gone() {
     let mut set = IndexSet::default();
     set.add(Arc::new(file));
     assert!(set.find(&digest).unwrap().is_some());
+}
+
+/// A map of the file would end the process by SIGBUS here.
+#[test]
+fn a_file_that_is_cut_short_while_it_is_open_is_an_error() {
+    let (_dir, layout) = layout();
+    let digest = |n: u32| Digest::of(&n.to_le_bytes());
+    let entries = (0..5000).map(|n| encode_entry(&digest(n), 0, &placed(n))).collect();
+    let file = merge::write(&layout, &[pack()], sorted(entries)).unwrap();
+    let mut set = IndexSet::default();
+    let path = file.path().to_owned();
+    set.add(Arc::new(file));
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+    for n in 0..100 {
+        let error = set.find(&digest(n)).unwrap_err();
+        assert!(matches!(&error, RepoError::Corrupt { .. }), "{error}");
+        assert!(
+            error.to_string().contains(path.to_str().unwrap()) && error.to_string().contains("cut short"),
+            "{error}"
+        );
+        assert_eq!(set.find_all(&digest(n)).count(), 1, "an error is the last");
+    }
+    assert!(set.files()[0].view().check_body().is_err());
+    assert!(set.files()[0].view().entries().any(|entry| entry.is_err()));
+}
+
+#[test]
+fn a_merge_of_a_file_that_is_cut_short_meanwhile_removes_nothing() {
+    let (_dir, layout) = layout();
+    for file in 0..3u32 {
+        let entries = (0..2000u32).map(|n| encode_entry(&Digest::of(&(file * 5000 + n).to_le_bytes()), 0, &placed(n)));
+        merge::write(&layout, &[pack()], sorted(entries.collect())).unwrap();
+    }
+    let set = IndexSet::open(&layout).unwrap();
+    let path = set.files()[1].path();
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(70_000).unwrap();
+    let error = merge::merge(&layout, set.files()).unwrap_err();
+    assert!(error.to_string().contains("cut short"), "{error}");
+    assert_eq!(std::fs::read_dir(layout.index()).unwrap().count(), 3);
 }

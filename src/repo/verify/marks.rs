@@ -2,6 +2,8 @@
 
 use bitvec::vec::BitVec;
 
+use crate::repo::error::FormatError;
+use crate::repo::index::format::Entry;
 use crate::repo::index::set::{IndexSet, Location};
 
 /// Which entries are to be read.
@@ -28,9 +30,13 @@ impl Marks {
     /// Marks all entries that can be decoded.
     pub fn mark_all(&mut self, index: &IndexSet) {
         for (number, file) in index.files().iter().enumerate() {
-            for n in 0..file.view().header().entries {
-                if let Ok(entry) = file.view().entry(n) {
-                    self.files[number].set(n as usize, true);
+            let view = file.view();
+            // What cannot be read was reported when the index was compared with its checksum.
+            let Ok(packs) = view.all_packs() else { continue };
+            let pack = |n: u32| packs.get(n as usize).copied().ok_or_else(|| FormatError::bad("no such pack"));
+            for (n, raw) in view.entries().enumerate() {
+                if let Ok(entry) = raw.and_then(|raw| Entry::decode(&raw, pack)) {
+                    self.files[number].set(n, true);
                     self.stored_bytes += u64::from(entry.placed.stored_len);
                 }
             }

@@ -130,11 +130,9 @@ fn plan(
     // What the directories do not tell of, as of packs that are damaged: one by one.
     for (number, file) in reader.index().files().iter().enumerate() {
         for n in marks.left(number) {
-            let view = file.view();
-            let entry = view.entry(n).and_then(|entry| Ok((entry, view.pack(entry.pack)?)));
-            match entry {
-                Ok((entry, pack)) => {
-                    let location = Location { pack: pack.id, placed: entry.placed, entry: (number as u32, n) };
+            match file.view().entry(n) {
+                Ok(entry) => {
+                    let location = Location { pack: entry.pack_id, placed: entry.placed, entry: (number as u32, n) };
                     run.push((entry.digest, location));
                     send(&mut run);
                 }
