@@ -383,6 +383,31 @@ fn queues_spread_over_iothreads() {
     }
 }
 
+/// QEMU refuses our filter between a node and one of two devices that write to it, so that a backup would fail.
+#[test]
+fn two_devices_on_one_node_are_not_protectable() {
+    for version in VERSIONS {
+        let args = "-blockdev raw,node-name=n0,file.driver=file,file.filename=DIR/0.raw
+            -device virtio-blk-pci,drive=n0,id=vd0,share-rw=on
+            -device virtio-blk-pci,drive=n0,id=vd1,share-rw=on
+            -blockdev raw,node-name=n1,read-only=on,file.driver=file,file.filename=DIR/1.raw
+            -device virtio-blk-pci,drive=n1,id=vd2
+            -device virtio-blk-pci,drive=n1,id=vd3";
+        let qemu = Qemu::start_with(version, &split(args), |dir| {
+            [0, 1].iter().for_each(|i| raw(dir, &format!("{i}.raw"), MIB));
+        });
+        let graph = discover(&qemu);
+        for (name, other) in [("vd0", "vd1"), ("vd1", "vd0")] {
+            let Verdict::NotProtectable(why) = &disk(&graph, name).verdict else { panic!("{name}") };
+            assert!(why.contains(&format!("disk {other} is on the same block node")), "{why}");
+            assert!(why.contains(&format!("--exclude {name}")), "{why}");
+        }
+        for name in ["vd2", "vd3"] {
+            assert_eq!(disk(&graph, name).verdict, Verdict::Protectable, "{name}: nobody can write to it");
+        }
+    }
+}
+
 #[test]
 fn shared_media_are_seen() {
     for version in VERSIONS {

@@ -7,6 +7,7 @@
 //! | scsi-block, scsi-generic | not protectable: commands pass the block layer by, so writes are not seen |
 //! | vhost-user-blk, vhost-scsi, vhost-user-scsi, vDPA storage, VFIO storage, persistent memory | not protectable: QEMU does not see the writes |
 //! | `snapshot=on` | not protectable: QEMU throws the writes away at its end |
+//! | two devices on one node that can be written to | not protectable: what one writes goes past the other's filter |
 //! | any other type with a medium | not protectable: unknown |
 
 use std::collections::BTreeMap;
@@ -49,18 +50,27 @@ pub(super) fn read(answers: &Answers, graph: &mut Graph, owner_prefix: &str) -> 
     let candidates: Vec<_> = devices.iter().map(|d| d.candidates()).collect();
     let names = names::assign(&candidates);
     let shared = shared(&devices, graph, &objects, &names, answers);
+    let together = together(&devices, graph);
     let mut found = vec![];
-    for ((device, name), shared) in devices.iter().zip(names).zip(shared) {
+    for (((device, name), shared), other) in devices.iter().zip(&names).zip(shared).zip(together) {
         if let Some(top) = device.top {
             graph.tops.insert(device.qom_path.clone(), top.to_owned());
         }
-        let verdict = match &device.verdict {
+        let verdict = match other {
+            Some(other) => Verdict::NotProtectable(format!(
+                "disk {} is on the same block node, and QEMU puts no filter between a node and one of two devices that write \
+                 to it",
+                names[other]
+            )),
+            None => device.verdict.clone(),
+        };
+        let verdict = match &verdict {
             Verdict::NotProtectable(why) => Verdict::NotProtectable(format!(
                 "{why}; leave it out by name (--exclude {name}), or attach it otherwise"
             )),
             other => other.clone(),
         };
-        found.push(FoundDisk { disk: device.disk(name, shared, graph, &objects, answers)?, verdict });
+        found.push(FoundDisk { disk: device.disk(name.clone(), shared, graph, &objects, answers)?, verdict });
     }
     Ok(found)
 }
@@ -205,6 +215,17 @@ fn without_backend<'a>(object: &'a Object, answers: &Answers) -> Option<Device<'
 fn is_virtio_storage(name: &str) -> bool {
     let name = name.strip_prefix("virtio-").unwrap_or(name);
     name.starts_with("blk") || name.starts_with("block") || name.starts_with("scsi") || name == "vhost-vdpa-device"
+}
+
+/// For each device that could be protected another one on the same node, if it can be written to.
+fn together(devices: &[Device], graph: &Graph) -> Vec<Option<usize>> {
+    let node_of = |device: &Device| {
+        let node = device.node.as_deref().and_then(|node| graph.node(node)).filter(|node| !node.read_only)?;
+        (!matches!(device.verdict, Verdict::LeftOut(_))).then(|| node.name.clone())
+    };
+    let nodes: Vec<_> = devices.iter().map(node_of).collect();
+    let other = |i: usize| nodes.iter().enumerate().position(|(j, node)| j != i && node.is_some() && *node == nodes[i]);
+    (0..devices.len()).map(|i| other(i).filter(|_| devices[i].verdict == Verdict::Protectable)).collect()
 }
 
 /// Why each device's medium counts as shared, if it does.
