@@ -46,6 +46,7 @@ pub mod audit;
 mod comeback;
 mod error;
 mod files;
+mod lost;
 mod manifest;
 pub mod plan;
 pub mod report;
@@ -445,6 +446,11 @@ async fn go_on(
         if !comeback::is_whole(left.clone(), &memory.begun, chunk_bytes, writer.get()?.reader()).await? {
             return Err(Failure::new(FailureCode::SessionGone, "what it had stored is not all there").into());
         }
+        let (reader, plan) = (writer.get()?.reader(), memory.plan.clone());
+        if let Some((disk, source)) = blocking(move || lost::find(&reader, &plan)).await? {
+            let message = format!("what disk {disk:?} goes on from is damaged: {source}");
+            return Err(Failure::new(FailureCode::SessionGone, message).into());
+        }
         let session = again.open().await?.begin_again(memory.begin.clone(), &memory.begun).await?;
         let log = left.go_on()?;
         Ok::<_, BackupError>((session, writer, Some(log)))
@@ -478,6 +484,11 @@ async fn begin_new(
     // Before the instant: it may have work to do for a writer that died.
     let writer = stoppable(interrupted, transfer::open_writer(repo, options.compression)).await?;
     let reader = writer.get()?.reader();
+    let looking = blocking(move || (lost::find(&reader, &plan), reader, plan));
+    let (lost, reader, plan) = stoppable(interrupted, looking).await?;
+    if let Some((disk, source)) = lost {
+        return Err(Failed { error: BackupError::BaseLost { disk, source }, plan: Some(plan) });
+    }
     let permille = options.audit_permille;
     let picking = blocking(move || {
         let (audit, picked) = audit::pick(&reader, &plan, permille);

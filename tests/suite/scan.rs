@@ -352,6 +352,53 @@ fn an_incremental_does_without(way: Way) {
     assert!(setting.restored("latest") == setting.image());
 }
 
+/// A pack that is lost is seen when the backup begins: the incremental becomes a scan, and what was lost is sent again.
+fn an_incremental_heals(way: Way, lose: impl FnOnce(&Setting)) {
+    let mut setting = Setting::new(Version::V10, way, SIZE);
+    let mut rng = Rng::new();
+    for at in 0..160 {
+        setting.qemu.write(at << 16, 64 << 10, 1 + rng.below(255) as u8);
+    }
+    setting.backup(&[]);
+    lose(&setting);
+    setting.qemu.write(5 * MIB, 512, 7);
+    let refused =
+        setting.command(&["backup", &setting.source, &setting.repo, "--level", "incremental"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(6), "{refused:?}");
+    let (report, _) = setting.backup(&[]);
+    assert_eq!(report["disks"][0]["taken"], "scan", "{report}");
+    assert!(report["disks"][0]["reason"].as_str().unwrap().contains("damaged"), "{report}");
+    assert!(report["warnings"].to_string().contains("vd0"), "{report}");
+    assert!(setting.restored("latest") == setting.image());
+    // What is lost for good with older points keeps nobody from going on.
+    setting.qemu.write(6 * MIB, 512, 9);
+    let (report, _) = setting.backup(&["--level", "incremental"]);
+    assert_eq!(report["disks"][0]["taken"], "incremental", "{report}");
+    assert!(setting.restored("latest") == setting.image());
+}
+
+#[test]
+fn an_incremental_heals_a_missing_pack() {
+    an_incremental_heals(Way::Here, |setting| {
+        packs(&setting.repo, 0).iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    });
+}
+
+#[test]
+fn an_incremental_heals_a_missing_pack_over_tcp() {
+    an_incremental_heals(Way::Tcp, |setting| {
+        packs(&setting.repo, 0).iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    });
+}
+
+#[test]
+fn an_incremental_heals_what_a_verification_found() {
+    an_incremental_heals(Way::Here, |setting| {
+        damage(&packs(&setting.repo, 0));
+        verify(setting);
+    });
+}
+
 #[test]
 fn an_incremental_does_without_a_damaged_tree() {
     an_incremental_does_without(Way::Here);

@@ -171,6 +171,11 @@ impl IndexSet {
         Ok(this)
     }
 
+    /// Whether something is known to be absent or damaged. Of a set for a writer.
+    pub fn lacks_something(&self) -> bool {
+        self.files.iter().any(|file| !file.absent.is_empty() || file.marks.count() > 0)
+    }
+
     fn sort(&mut self) {
         self.files.sort_by_key(|f| (std::cmp::Reverse(f.header.created_us), f.path.clone()));
     }
