@@ -33,9 +33,17 @@ impl DurableError {
 
     /// Whether the file system is full (or a quota or file size limit was met).
     pub fn is_no_space(&self) -> bool {
-        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-        matches!(self.source.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+        is_full(&self.source)
     }
+}
+
+/// Whether the first cause of an error that is the system's says that a file system is full (or a quota or file size limit
+/// was met).
+pub fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let found = causes.into_iter().find_map(|cause| cause.downcast_ref::<io::Error>());
+    found.is_some_and(|error| matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge))
 }
 
 /// Whether an existing target may be replaced.

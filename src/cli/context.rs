@@ -1,7 +1,8 @@
 //! Context: what every command gets.
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use tokio::sync::watch;
 
@@ -32,8 +33,8 @@ impl Context {
         Ok(Self {
             output,
             // The program may change its directory, and QEMU has another.
-            state: std::path::absolute(state)?,
-            scratch: global.scratch.as_ref().map(std::path::absolute).transpose()?,
+            state: directory("--state", &state)?,
+            scratch: global.scratch.as_ref().map(|dir| directory("--scratch", dir)).transpose()?,
             tls: global.tls.clone(),
             interrupted,
             scratch_budget_bytes: global.scratch_budget,
@@ -72,6 +73,20 @@ impl Context {
         if self.interrupted.clone().wait_for(|stop| *stop).await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+}
+
+/// A directory that an option names, made absolute; it may be missing.
+fn directory(option: &str, path: &Path) -> anyhow::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    match path.metadata() {
+        Ok(about) if !about.is_dir() => {
+            Err(exit::usage(format!("{option} {} is no directory: name one", path.display())))
+        }
+        Err(e) if e.kind() == ErrorKind::NotADirectory => {
+            Err(exit::usage(format!("{option} {} cannot be a directory: a part of the path is a file", path.display())))
+        }
+        _ => Ok(path),
     }
 }
 

@@ -25,8 +25,9 @@ use super::evidence::{Doubt, Proof};
 use super::graph::Graph;
 use super::harvest::{self, Harvester};
 use super::medium::{self, OpenFiles, Subject};
+use super::place::not_kept;
 use super::tracking::{self, Bench};
-use super::{Vm, device, internal, persist, qemu_failed};
+use super::{Vm, device, persist, qemu_failed};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium};
 use crate::extent::Extent;
 use crate::machine::{Disk, Verdict};
@@ -243,7 +244,7 @@ impl Vm {
             let medium = media.get(&disk.name).unwrap_or(&nothing);
             let Err(reason) = tracking::judge(&log, bench, disk, medium, None) else { continue };
             let reason = self.doubt(&disk.name).unwrap_or(reason);
-            log.end_epoch(&reason).map_err(internal)?;
+            log.end_epoch(&reason).map_err(not_kept)?;
             tracking::recover(monitor, names, &graph, &disk.node, &log).await.map_err(qemu_failed)?;
             let first = CheckpointId::random();
             let keep = self.keeps(&graph, disk);
@@ -260,8 +261,8 @@ impl Vm {
                 node: disk.node.clone(),
                 medium: media.get(&disk.name).cloned(),
             };
-            log.begin_epoch(start, &reason).map_err(internal)?;
-            log.note_kept(kept).map_err(internal)?;
+            log.begin_epoch(start, &reason).map_err(not_kept)?;
+            log.note_kept(kept).map_err(not_kept)?;
         }
         self.clean_up_now().await
     }

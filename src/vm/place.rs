@@ -15,7 +15,7 @@
 //! process itself, an flock of `/proc/PID/cmdline`. That does not say who holds it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -33,25 +33,61 @@ use crate::wire::message::{Failure, FailureCode};
 /// Longest holder description that is read back.
 const MAX_HOLDER_BYTES: u64 = 4096;
 
-fn failed(what: &str, path: &Path, error: impl std::fmt::Display) -> Failure {
-    Failure::new(FailureCode::Internal, format!("cannot {what} {}: {error}", path.display()))
+fn failed(what: &str, path: &Path, error: impl Into<Box<dyn std::error::Error>>) -> Failure {
+    let error = error.into();
+    let words = format!("cannot {what} {}: {error}", path.display());
+    match durable::is_full(&*error) {
+        true => Failure::new(FailureCode::NoSpace, format!("{words}; make room in the file system of that directory")),
+        false => Failure::new(FailureCode::Internal, words),
+    }
+}
+
+/// A failure of what is kept in the state directory.
+pub fn not_kept(error: impl std::error::Error + 'static) -> Failure {
+    match durable::is_full(&error) {
+        true => Failure::new(
+            FailureCode::NoSpace,
+            format!(
+                "{error}; the state directory is full: make room in its file system, or name another one with --state"
+            ),
+        ),
+        false => super::internal(error),
+    }
 }
 
 /// Reads or makes the owner id of a state directory.
 pub fn owner(state: &Path) -> Result<OwnerId, Failure> {
     let path = state.join("owner");
-    durable::create_dir(state).map_err(|e| failed("use the state directory", state, format!("{e}; see --state")))?;
+    durable::create_dir(state).map_err(|e| match e.is_no_space() {
+        true => not_kept(e),
+        false => failed("use the state directory", state, format!("{e}; see --state")),
+    })?;
     for _ in 0..2 {
         match fs::read_to_string(&path) {
-            Ok(text) => return text.trim().parse().map_err(|e| failed("understand", &path, e)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                // Whoever comes second reads what the first wrote.
-                let _ = durable::write_file(&path, format!("{}\n", OwnerId::random()).as_bytes(), Replace::No);
+            Ok(text) => return text.trim().parse().map_err(|_| not_an_owner(&path)),
+            Err(e) if e.kind() == ErrorKind::InvalidData => return Err(not_an_owner(&path)),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                match durable::write_file(&path, format!("{}\n", OwnerId::random()).as_bytes(), Replace::No) {
+                    Err(e) if e.source.kind() != ErrorKind::AlreadyExists => return Err(not_kept(e)),
+                    // Whoever comes second reads what the first wrote.
+                    _ => {}
+                }
             }
             Err(e) => return Err(failed("read", &path, e)),
         }
     }
-    Err(failed("make", &path, "is the directory writable?"))
+    Err(failed("make", &path, "it comes and goes; is another program at work there?"))
+}
+
+fn not_an_owner(path: &Path) -> Failure {
+    Failure::new(
+        FailureCode::Internal,
+        format!(
+            "{} is damaged: it should hold the id of this state directory. Remove it, and a new one is made; what the old one \
+             left in a running QEMU is removed by `livebackup detach --all SOURCE`, and the next backup of each VM scans its disks",
+            path.display()
+        ),
+    )
 }
 
 /// The directory for locks and sockets.
@@ -192,7 +228,7 @@ pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Re
     let name = directory_of_vm(&holder.vm).map_err(|e| Failure::new(FailureCode::UnknownVm, e.to_string()))?;
     let dir = state.join("vms").join(name);
     let disks = dir.join("disks");
-    durable::create_dir(&disks).map_err(|e| failed("make", &disks, e))?;
+    durable::create_dir(&disks).map_err(not_kept)?;
     let mut vm_lock = lock(&dir.join("lock"))?.map_err(|other| {
         Taken::Failure(Failure::new(
             FailureCode::Busy,
@@ -298,7 +334,11 @@ mod tests {
         let first = owner(&state).unwrap();
         assert_eq!(owner(&state).unwrap(), first);
         fs::write(state.join("owner"), "rubbish").unwrap();
-        assert!(owner(&state).unwrap_err().message.contains("owner"));
+        for rubbish in [&b"rubbish"[..], b"", b"\xff\xfe"] {
+            fs::write(state.join("owner"), rubbish).unwrap();
+            let error = owner(&state).unwrap_err().message;
+            assert!(error.contains("owner") && error.contains("Remove it"), "{error}");
+        }
     }
 
     #[test]
@@ -336,6 +376,23 @@ mod tests {
     #[test]
     fn what_is_left_for_ended_qemus_goes() {
         let (state, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    #[test]
+    fn a_full_state_directory_is_told_as_one() {
+        let full = || std::io::Error::from(ErrorKind::StorageFull);
+        let path = Path::new("/state/vms/a/disks/vd0/epoch");
+        let failures = [
+            not_kept(crate::checkpoint::LogError::from(durable::DurableError::at("write", path)(full()))),
+            not_kept(durable::DurableError::at("create", path)(full())),
+            failed("write", path, full()),
+        ];
+        for failure in failures {
+            assert_eq!(failure.code, FailureCode::NoSpace, "{failure}");
+            assert!(failure.message.contains("/state/vms/a") && failure.message.contains("make room"), "{failure}");
+        }
+        let denied = durable::DurableError::at("write", path)(ErrorKind::PermissionDenied.into());
+        assert_eq!(not_kept(denied).code, FailureCode::Internal);
+    }
+
         let owner = owner(state.path()).unwrap();
         let now = Process::of_pid(1).unwrap().start_time;
         let dir = |time| run.path().join(format!("{}-1-{time}", owner.short()));

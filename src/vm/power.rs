@@ -34,6 +34,7 @@ use super::device::{self, Held};
 use super::guardian::Guardian;
 use super::harvest::{self, Harvester};
 use super::medium::Subject;
+use super::place::not_kept;
 use super::tracking::{self, Bench};
 use super::undo::{self, Debt, Debts};
 use super::{Vm, carry, fleece, internal, persist, qemu_failed};
@@ -395,7 +396,7 @@ impl Vm {
                     let words = "the guest ran on while its last bitmaps were taken";
                     return Err(Failure::new(FailureCode::Busy, words));
                 }
-                disk.log.end_epoch("something wrote to the disk after the guest had powered off").map_err(internal)?;
+                disk.log.end_epoch("something wrote to the disk after the guest had powered off").map_err(not_kept)?;
                 continue;
             }
             let Some(epoch) = disk.log.epoch() else { continue };
@@ -433,7 +434,7 @@ impl Vm {
                 continue;
             }
             if let Err(reason) = tracking::judge(&log, bench, disk, medium, None) {
-                log.end_epoch(&reason).map_err(internal)?;
+                log.end_epoch(&reason).map_err(not_kept)?;
                 continue;
             }
             tracking::recover(monitor, names, &graph, &disk.node, &log).await.map_err(qemu_failed)?;
@@ -470,7 +471,7 @@ impl Vm {
             log.seal(Sealed { id, prev, number, time, bitmap: &bitmap })?;
             Ok::<_, LogError>(exclusive.then(|| device::choose(log, &bitmap)))
         })
-        .map_err(internal)?;
+        .map_err(not_kept)?;
         crate::fault::point("power.sealed");
         tracking::remove_bitmap(monitor, &disk.node, &old).await.map_err(qemu_failed)
     }

@@ -17,6 +17,7 @@ use nix::sys::statfs::{self, FsType};
 use nix::sys::statvfs::statvfs;
 use tokio::sync::oneshot;
 
+use crate::durable;
 use crate::units::{GIB, MIB, PackId, human_bytes};
 use crate::wire::message::{Failure, FailureCode};
 
@@ -46,7 +47,7 @@ pub struct ScratchDir {
 impl ScratchDir {
     /// Takes a directory, making it if it is missing. `budget_bytes` bounds a session's scratch, all disks together.
     pub fn open(dir: &Path, budget_bytes: Option<u64>) -> Result<Self, Failure> {
-        crate::durable::create_dir(dir).map_err(|e| no_scratch(dir, e))?;
+        durable::create_dir(dir).map_err(|e| no_scratch(dir, e))?;
         let kind = statfs::statfs(dir).map_err(|e| no_scratch(dir, e))?.filesystem_type();
         if let Some((_, name)) = NOT_LOCAL.iter().find(|(magic, _)| kind == FsType(*magic)) {
             return Err(no_scratch(
@@ -205,13 +206,29 @@ fn used_bytes(file: &File) -> u64 {
     file.metadata().map_or(0, |m| m.blocks() * 512)
 }
 
-fn no_scratch(dir: &Path, why: impl std::fmt::Display) -> Failure {
-    Failure::new(FailureCode::NoSpace, format!("cannot use {} for scratch: {why}; see --scratch", dir.display()))
+fn no_scratch(dir: &Path, why: impl Into<Box<dyn std::error::Error>>) -> Failure {
+    let why = why.into();
+    let code = if durable::is_full(&*why) { FailureCode::NoSpace } else { FailureCode::Internal };
+    Failure::new(
+        code,
+        format!("cannot use {} for scratch: {why}; name another directory with --scratch", dir.display()),
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_directory_is_not_taken_for_a_full_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let failure = ScratchDir::open(file.path(), None).unwrap_err();
+        assert_eq!(failure.code, FailureCode::Internal, "{failure}");
+        assert!(
+            failure.message.contains(file.path().to_str().unwrap()) && failure.message.contains("--scratch"),
+            "{failure}"
+        );
+    }
 
     #[test]
     fn files_have_no_name_and_budgets_count() {

@@ -22,6 +22,7 @@ use super::compare::Compared;
 use super::fleece::{Bench, Fleece, FleeceDisk};
 use super::meter::Meter;
 use super::pace::Pace;
+use super::place::not_kept;
 use super::quiet::{Quiet, QuietOptions};
 use super::scratch::{Scratch, ScratchDir};
 use super::sending::{self, FromClient, Outlet};
@@ -220,7 +221,7 @@ impl Vm {
         for (mut plan, reason) in self.plans(begin, &graph).await? {
             if begin.checkpoint {
                 if let Some(reason) = &reason {
-                    plan.log.end_epoch(reason).map_err(internal)?;
+                    plan.log.end_epoch(reason).map_err(not_kept)?;
                 }
                 tracking::recover(&monitor, &names, &graph, &plan.disk.node, &plan.log).await.map_err(qemu_failed)?;
             }

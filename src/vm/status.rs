@@ -7,8 +7,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::names::Names;
+use super::place::not_kept;
 use super::tracking::Bench;
-use super::{Vm, internal, qemu_failed, tracking, undo};
+use super::{Vm, qemu_failed, tracking, undo};
 use crate::checkpoint::Medium;
 use crate::machine::Verdict;
 use crate::monitor;
@@ -135,7 +136,7 @@ impl Vm {
         let graph = self.graph().await?;
         for found in &graph.disks {
             let mut log = tracking::open_log(&self.inner.place.disks, &found.disk.name)?;
-            log.end_epoch("livebackup was detached from the virtual machine").map_err(internal)?;
+            log.end_epoch("livebackup was detached from the virtual machine").map_err(not_kept)?;
         }
         removed.extend(self.remove_bitmaps(names).await?);
         Ok(removed)

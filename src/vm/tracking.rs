@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 use super::evidence::{self, Proof, Recording, Seen};
 use super::graph::{self, Graph};
 use super::names::Names;
+use super::place::not_kept;
 use super::{internal, persist, qemu_failed, undo};
 use crate::checkpoint::{Bitmap, EpochStart, Log, Medium, QemuInstance, Sealed};
 use crate::extent::Extent;
@@ -78,7 +79,7 @@ pub fn log_dir(disks: &Path, disk: &str) -> Result<PathBuf, Failure> {
 
 /// The log of a disk.
 pub fn open_log(disks: &Path, disk: &str) -> Result<Log, Failure> {
-    Log::open(&log_dir(disks, disk)?).map_err(internal)
+    Log::open(&log_dir(disks, disk)?).map_err(not_kept)
 }
 
 /// State of the bitmap that records since the log's last checkpoint. Where a sidecar died between two checkpoints, the image
@@ -345,7 +346,7 @@ pub fn settle(
         Track::Continue { head, next } => {
             let bitmap = harvest.ok_or_else(|| internal("the bitmap of the last checkpoint was not read"))?;
             let number = plan.log.next_number();
-            plan.log.seal(Sealed { id: next, prev: Some(head), number, time, bitmap }).map_err(internal)?;
+            plan.log.seal(Sealed { id: next, prev: Some(head), number, time, bitmap }).map_err(not_kept)?;
         }
         Track::Begin { next } => {
             let start = EpochStart {
@@ -357,10 +358,10 @@ pub fn settle(
                 node: plan.disk.node.clone(),
                 medium: plan.medium.clone(),
             };
-            plan.log.begin_epoch(start, reason).map_err(internal)?;
+            plan.log.begin_epoch(start, reason).map_err(not_kept)?;
         }
     }
-    plan.log.note_kept(plan.keep).map_err(internal)?;
+    plan.log.note_kept(plan.keep).map_err(not_kept)?;
     Ok(plan.log.epoch().map(|e| e.id))
 }
 

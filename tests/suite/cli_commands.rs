@@ -166,6 +166,8 @@ fn what_newcomers_write_is_answered_with_what_to_write() {
         ("serve --config missing.toml", 1, "missing.toml"),
         ("frobnicate", 2, "unrecognized"),
         ("-q -v points repo", 2, "cannot be used with"),
+        ("disks qmp:/x --scratch repo/config", 2, "repo/config is no directory"),
+        ("disks qmp:/x --state repo/config/state", 2, "a part of the path is a file"),
     ] {
         let ended = place.run(arguments);
         assert_eq!(ended.code, code, "{arguments}: {}", ended.err);

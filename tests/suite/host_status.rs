@@ -45,6 +45,54 @@ async fn a_vm_that_another_process_has_is_shown_with_who_that_is() {
     assert_eq!(ask(&qemu, &["status", &source])["vm"], "vm1");
 }
 
+/// A small file system that goes with the test.
+struct Small(std::path::PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_state_directory_is_named() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("NOT TESTED: mounts need root");
+        return;
+    }
+    let qemu = a_qemu(Version::V10);
+    let state = qemu.path("small");
+    std::fs::create_dir(&state).unwrap();
+    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(&state));
+    let small = Small(state.clone());
+    let (repo, scratch) = (qemu.path("repo"), qemu.path("scratch"));
+    run(livebackup().arg("init").arg(&repo));
+    let source = format!("qmp:{}", qemu.socket().display());
+    let (mut refused, mut pages) = (0, 0);
+    loop {
+        // Each time with a page more than the time before.
+        for entry in std::fs::read_dir(&state).unwrap().map(Result::unwrap) {
+            match entry.path().is_dir() {
+                true => std::fs::remove_dir_all(entry.path()).unwrap(),
+                false => std::fs::remove_file(entry.path()).unwrap(),
+            }
+        }
+        std::fs::write(state.join("full"), vec![1; (16 - pages) * 4096]).unwrap();
+        let mut command = livebackup();
+        command.args(["backup", &source]).arg(&repo).arg("--state").arg(&state).arg("--scratch").arg(&scratch);
+        let out = command.output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        if out.status.success() {
+            break;
+        }
+        assert_eq!(out.status.code(), Some(7), "{pages} pages: {said}");
+        assert!(said.contains(state.to_str().unwrap()) && said.contains("make room"), "{pages} pages: {said}");
+        (refused, pages) = (refused + 1, pages + 1);
+    }
+    assert!(refused > 2, "{refused}");
+    drop(small);
+}
+
 struct Server(Child);
 
 impl Drop for Server {
