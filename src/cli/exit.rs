@@ -178,6 +178,7 @@ fn of_repository(error: &RepoError) -> Option<Code> {
         RepoError::NotARepository { .. } | RepoError::NoPoint { .. } => Some(Code::NotFound),
         RepoError::VmBusy { .. } | RepoError::Busy { .. } => Some(Code::Busy),
         RepoError::Corrupt { .. }
+        | RepoError::BadConfig { .. }
         | RepoError::DamagedBlob { .. }
         | RepoError::Missing { .. }
         | RepoError::LatestUnknown { .. } => Some(Code::Damaged),

@@ -68,6 +68,19 @@ pub enum RepoError {
         /// What is missing.
         reason: String,
     },
+    /// The repository's config is missing or damaged.
+    #[error(
+        "{} is {reason}: put it back from a copy of the repository, or (once it is away) make a new one with `livebackup init \
+         {}`, and the --chunk-size that the repository had unless that was the usual one: its restore points stay",
+        path.display(),
+        path.parent().unwrap_or(path).display()
+    )]
+    BadConfig {
+        /// The config.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// `init` found something.
     #[error("{} cannot become a repository: {reason}", path.display())]
     CannotInit {

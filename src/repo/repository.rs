@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use crate::durable::{self, Replace};
 use crate::repo::config::{Config, is_chunk_size};
-use crate::repo::error::RepoError;
+use crate::repo::error::{FormatError, RepoError};
 use crate::repo::layout::Layout;
 use crate::repo::lock::{self, Lock};
 use crate::repo::reader::Reader;
@@ -88,10 +88,14 @@ impl Repository {
     pub fn open(dir: &Path) -> Result<Self, RepoError> {
         let layout = Layout::new(dir);
         let not = |reason: &str| RepoError::NotARepository { path: dir.to_owned(), reason: reason.to_owned() };
+        let bad = |reason: String| RepoError::BadConfig { path: layout.config(), reason };
         let file = match read_bounded(&layout.config(), MAX_SEALED_BYTES) {
             Ok(file) => file,
             Err(e) => {
                 return Err(match (e.kind(), dir.is_dir()) {
+                    (ErrorKind::NotFound, true) if layout.packs().is_dir() && layout.points().is_dir() => {
+                        bad("missing".to_owned())
+                    }
                     (ErrorKind::NotFound, true) => not("the directory has no file `config`"),
                     (ErrorKind::NotFound, false) => not("there is no such directory"),
                     (ErrorKind::NotADirectory, _) => not("it is not a directory"),
@@ -99,7 +103,10 @@ impl Repository {
                 });
             }
         };
-        let config = Config::decode(&file).map_err(|e| e.at("repository config", &layout.config()))?;
+        let config = Config::decode(&file).map_err(|error| match error {
+            FormatError::Bad(reason) => bad(format!("damaged ({reason})")),
+            newer => newer.at("repository config", &layout.config()),
+        })?;
         for dir in [layout.packs(), layout.index(), layout.points(), layout.locks(), layout.journal()] {
             if !dir.is_dir() {
                 return Err(missing(&dir));

@@ -287,3 +287,26 @@ fn what_is_no_repository_is_said_to_be_none() {
     fs::write(path.join("config"), "{}").unwrap();
     assert!(say(&path).contains("damaged"));
 }
+
+#[test]
+fn a_lost_config_is_made_anew_and_points_stay() {
+    let (_dir, path) = example();
+    let open = || Repository::open(&path);
+    let chunk_bytes = open().unwrap().config().chunk_bytes;
+    for lose in
+        [|config: &Path| fs::write(config, "rubbish").unwrap(), |config: &Path| fs::remove_file(config).unwrap()]
+    {
+        lose(&path.join("config"));
+        let error = open().unwrap_err();
+        assert!(matches!(error, RepoError::BadConfig { .. }), "{error}");
+        for part in [path.join("config").to_str().unwrap(), "a copy", "livebackup init", "--chunk-size"] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        // As it says.
+        let _ = fs::remove_file(path.join("config"));
+        let repo = Repository::init(&path, chunk_bytes).unwrap();
+        let vm = repo.vms().unwrap().remove(0);
+        assert_eq!(repo.points(&vm).unwrap().points.len(), 2);
+        assert!(verify(&repo, Scope::Everything, |_| ()).unwrap().is_intact());
+    }
+}
