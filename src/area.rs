@@ -6,7 +6,7 @@
 //! DISK=2                     a partition, by its number
 //! DISK=label:NAME            by its name in a GPT
 //! DISK=partuuid:UUID         by its PARTUUID
-//! DISK=bytes:FROM-TO         bytes, the last one not included; each a number, or one with KiB, MiB, GiB, TiB
+//! DISK=bytes:FROM-TO         bytes, the last one not included; each a number, or one with K, M, G, T (KiB, MiB, …)
 //! ```
 //!
 //! What is left out are the whole chunks inside an area; of swap all but the first page, which has its UUID and label, so that a
@@ -103,7 +103,12 @@ impl FromStr for Skip {
                 let (from, to) = range.split_once('-').ok_or_else(wrong)?;
                 match (number(from), number(to)) {
                     (Some(from), Some(to)) if from < to => Wanted::Bytes(Extent::between(from, to)),
-                    _ => return Err(wrong()),
+                    _ => {
+                        return Err(format!(
+                            "{range:?} of {text:?} are no bytes: write FROM-TO, FROM below TO, each a number or one with K, M, \
+                             G or T (powers of 1024), like bytes:10G-20G"
+                        ));
+                    }
                 }
             }
             Some(_) => return Err(wrong()),
@@ -115,12 +120,12 @@ impl FromStr for Skip {
 /// `4096`, `20 GiB`.
 fn number(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let unit = match text[digits.len()..].trim() {
-        "" => 1,
-        "KiB" => KIB,
-        "MiB" => MIB,
-        "GiB" => GIB,
-        "TiB" => 1024 * GIB,
+    let unit = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => KIB,
+        "m" | "mib" => MIB,
+        "g" | "gib" => GIB,
+        "t" | "tib" => 1024 * GIB,
         _ => return None,
     };
     digits.trim().parse::<u64>().ok()?.checked_mul(unit)
@@ -209,20 +214,16 @@ mod tests {
         }
         let range: Skip = "vd0=bytes:1 MiB-2GiB".parse().unwrap();
         assert_eq!(range.what, Wanted::Bytes(Extent::between(1 << 20, 2 << 30)));
-        for wrong in [
-            "",
-            "vd0",
-            "vd0=",
-            "=3",
-            "vd0=0",
-            "vd0=-1",
-            "vd0=label:",
-            "vd0=bytes:2-1",
-            "vd0=bytes:1-2 EiB",
-            "vd0=uuid:x",
-            "vd0=bytes:16777216 TiB-16777217 TiB",
-        ] {
+        let range: Skip = "vd0=bytes:64k-1M".parse().unwrap();
+        assert_eq!(range.what, Wanted::Bytes(Extent::between(64 << 10, 1 << 20)));
+        for wrong in
+            ["", "vd0", "vd0=", "=3", "vd0=0", "vd0=-1", "vd0=label:", "vd0=uuid:x", "vd0:bytes:0-1M", "vd0=bytes:7"]
+        {
             assert!(wrong.parse::<Skip>().unwrap_err().contains("label:NAME"), "{wrong}");
+        }
+        for wrong in ["2-1", "1-2 EiB", "16777216 TiB-16777217 TiB", "0-1.5M", "0-", "-1M"] {
+            let error = format!("vd0=bytes:{wrong}").parse::<Skip>().unwrap_err();
+            assert!(error.contains(wrong) && error.contains("bytes:10G-20G"), "{error}");
         }
     }
 

@@ -119,7 +119,7 @@ pub struct SkipArgs {
     #[arg(long)]
     skip_swap: bool,
     /// Leave an area out: DISK=swap, a partition as DISK=NUMBER, DISK=label:NAME or DISK=partuuid:UUID, or bytes as
-    /// DISK=bytes:FROM-TO. It is zero in the restore point. May be repeated.
+    /// DISK=bytes:FROM-TO (like 10G-20G). It is zero in the restore point. May be repeated.
     #[arg(long, value_name = "DISK=AREA")]
     skip: Vec<Skip>,
 }

@@ -168,6 +168,7 @@ fn what_newcomers_write_is_answered_with_what_to_write() {
         ("-q -v points repo", 2, "cannot be used with"),
         ("disks qmp:/x --scratch repo/config", 2, "repo/config is no directory"),
         ("disks qmp:/x --state repo/config/state", 2, "a part of the path is a file"),
+        ("backup qmp:/x repo --skip vd0=bytes:0-1Q", 2, "bytes:10G-20G"),
     ] {
         let ended = place.run(arguments);
         assert_eq!(ended.code, code, "{arguments}: {}", ended.err);
