@@ -1,7 +1,7 @@
 //! The authority's directory: makes it, issues, lists, revokes.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -83,6 +83,28 @@ fn write(path: &Path, text: &str, replace: Replace) -> Result<(), PkiError> {
     Ok(durable::write_file(path, text.as_bytes(), replace)?)
 }
 
+/// What a directory has that no killed `init` has left. A key of which certificates were made must not be made anew.
+fn something_else(dir: &Path) -> Result<Option<String>, PkiError> {
+    for entry in list(dir)? {
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let left_over = match &*name {
+            AUTHORITY_KEY | CRL => path.is_file(),
+            ISSUED | BUNDLE => path.is_dir() && list(&path)?.is_empty(),
+            _ => path.extension().is_some_and(|e| e == durable::TEMPORARY_ENDING),
+        };
+        if !left_over {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+fn list(dir: &Path) -> Result<Vec<DirEntry>, PkiError> {
+    let at = |source| PkiError::Read { path: dir.to_owned(), source };
+    std::fs::read_dir(dir).map_err(at)?.collect::<Result<_, _>>().map_err(at)
+}
+
 /// A random serial number: positive, 16 bytes in any encoding.
 fn serial() -> Result<[u8; 16], PkiError> {
     let mut bytes = [0; 16];
@@ -130,13 +152,16 @@ fn check_hosts(hosts: &[String]) -> Result<(), PkiError> {
 }
 
 impl Authority {
-    /// Makes an authority in `dir`, which may exist.
+    /// Makes an authority in `dir`, which is empty, or does not exist, or has what an `init` that was killed left.
     pub fn init(dir: &Path, name: &str, days: u32) -> Result<Self, PkiError> {
         check_name(name)?;
         durable::create_dir(dir)?;
         let lock = lock(dir)?;
         if dir.join(CA).exists() {
             return Err(PkiError::AuthorityExists { dir: dir.to_owned() });
+        }
+        if let Some(found) = something_else(dir)? {
+            return Err(PkiError::NotEmpty { dir: dir.to_owned(), found });
         }
         let mut params = params(name, days)?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -379,6 +404,26 @@ mod tests {
         assert!(revoked.iter().all(|i| i.about.serial == client.serial || i.about.serial == renewed.serial));
         let (number, list) = authority.revoked().unwrap();
         assert_eq!((number, list.len()), (3, 2));
+    }
+
+    #[test]
+    fn an_authority_gets_a_directory_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("notes"), "").unwrap();
+        let error = Authority::init(dir.path(), "example", 10).unwrap_err().to_string();
+        assert!(error.contains("\"notes\"") && error.contains("empty"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        std::fs::remove_file(dir.path().join("notes")).unwrap();
+        // As one leaves that was killed before its last step.
+        Authority::init(dir.path(), "example", 10).unwrap();
+        std::fs::remove_file(dir.path().join(CA)).unwrap();
+        let authority = Authority::init(dir.path(), "example", 10).unwrap();
+        authority.issue("a", &Purpose::Client, 5, false).unwrap();
+        std::fs::remove_file(dir.path().join(CA)).unwrap();
+        drop(authority);
+        let key = std::fs::read(dir.path().join(AUTHORITY_KEY)).unwrap();
+        assert!(matches!(Authority::init(dir.path(), "example", 10), Err(PkiError::NotEmpty { .. })));
+        assert!(std::fs::read(dir.path().join(AUTHORITY_KEY)).unwrap() == key, "certificates were made of it");
     }
 
     #[test]

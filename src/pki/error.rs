@@ -39,6 +39,17 @@ pub enum PkiError {
         /// Which.
         dir: PathBuf,
     },
+    /// A directory that has something else.
+    #[error(
+        "{} is not empty (it has {found:?}); nothing was changed: name a directory that is empty or does not exist",
+        dir.display()
+    )]
+    NotEmpty {
+        /// Which.
+        dir: PathBuf,
+        /// Something of what it has.
+        found: String,
+    },
     /// A certificate of that name is valid already.
     #[error("{name:?} has a certificate that is valid until {until}: give --renew to make another")]
     Exists {
