@@ -252,6 +252,14 @@ fn never() -> Policy {
 
 impl VmTable {
     fn config(self) -> Result<VmConfig, String> {
+        if self.name.as_ref().is_some_and(|name| name.is_empty() || name.chars().any(char::is_control)) {
+            return Err(format!(
+                "the name of {} is {:?}: give it one or more characters that can be printed, or leave `name` out for the one that \
+                 QEMU has",
+                self.monitor,
+                self.name.unwrap_or_default()
+            ));
+        }
         let address = self
             .monitor
             .strip_prefix("qmp:")
@@ -486,6 +494,8 @@ mod tests {
             (format!("{good}exclusive_device = true\n"), "harvest"),
             (format!("{good}attach = \"never\"\n"), "on-demand"),
             (format!("{good}attach = \"on-demand\"\n"), "name"),
+            (format!("{good}name = \"\"\n"), "the name of qmp:/a is \"\""),
+            (format!("{good}name = \"a\\u001b[2J\"\n"), "can be printed"),
             (format!("{good}name = \"a\"\nattach = \"on-demand\"\nshutdown = \"harvest\"\n"), "all the time"),
         ] {
             let said = Config::parse(&text).unwrap_err();
