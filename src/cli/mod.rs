@@ -1,8 +1,10 @@
 //! The command line: one file per command. A command asks an engine, builds a report, and hands it to [`output`], which
 //! prints text or JSON; what went wrong becomes an exit code in [`exit`], once.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches};
 
 mod args;
@@ -48,7 +50,7 @@ pub fn main() -> ExitCode {
     let arguments = args::with_exit_codes(Cli::command()).try_get_matches();
     let cli = match arguments.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(error),
     };
     let output = Output { json: cli.global.json, quiet: cli.global.quiet };
     logging::start(&cli.global, matches!(cli.command, Command::Serve(_)));
@@ -57,15 +59,35 @@ pub fn main() -> ExitCode {
 }
 
 /// Arguments that mean nothing, or a demand for help.
-fn refuse(error: &clap::Error) -> ExitCode {
+fn refuse(mut error: clap::Error) -> ExitCode {
     let wants_json = error.use_stderr() && std::env::args_os().any(|arg| arg == "--json");
+    let output = Output { json: wants_json, quiet: false };
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return output.error(&exit::usage(not_text(std::env::args_os()))).into();
+    }
+    // What is not in the help is not for people.
+    if let Some(ContextValue::Strings(commands)) = error.get(ContextKind::ValidSubcommand) {
+        let seen: Vec<_> =
+            Cli::command().get_subcommands().filter(|c| !c.is_hide_set()).map(|c| c.get_name().to_owned()).collect();
+        let shown = commands.iter().filter(|name| seen.contains(name)).cloned().collect();
+        error.insert(ContextKind::ValidSubcommand, ContextValue::Strings(shown));
+    }
     if wants_json {
-        let output = Output { json: true, quiet: false };
         return output.error(&exit::usage(error.to_string().trim_end())).into();
     }
     // A closed standard output is nobody's loss.
     let _ = error.print();
     if error.use_stderr() { Code::Usage.into() } else { Code::Good.into() }
+}
+
+/// Which arguments are not UTF-8, and what to do.
+fn not_text(arguments: impl Iterator<Item = OsString>) -> String {
+    let bad: Vec<_> =
+        arguments.filter(|argument| argument.to_str().is_none()).map(|argument| format!("{argument:?}")).collect();
+    format!(
+        "not UTF-8: {}; repositories, sources and names are named in UTF-8 only: rename it, or use a symbolic link to it",
+        bad.join(", ")
+    )
 }
 
 fn run(cli: Cli, output: Output) -> anyhow::Result<Code> {

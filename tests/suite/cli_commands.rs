@@ -192,6 +192,28 @@ fn a_socket_that_is_no_qmp_is_told_from_one_that_is_missing() {
 }
 
 #[test]
+fn without_a_command_those_for_people_are_named() {
+    for arguments in ["", "--json"] {
+        let ended = Place::new().run(arguments);
+        let said = format!("{}{}", ended.out, ended.err);
+        assert!(ended.code == 2 && said.contains("restore") && !said.contains("guardian"), "{said}");
+    }
+}
+
+#[test]
+fn an_argument_that_is_not_utf8_is_named() {
+    use std::os::unix::ffi::OsStrExt;
+    for json in [false, true] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_livebackup"));
+        command.arg("points").arg(std::ffi::OsStr::from_bytes(b"rep\xff"));
+        let out = if json { command.arg("--json") } else { &mut command }.output().unwrap();
+        let said = String::from_utf8([out.stdout, out.stderr].concat()).unwrap();
+        assert_eq!(out.status.code(), Some(2), "{said}");
+        assert!(said.contains("UTF-8") && said.contains("rep") && said.contains("symbolic link"), "{said}");
+    }
+}
+
+#[test]
 fn nobody_has_to_read_to_the_end() {
     let place = Place::new();
     let mut child = Command::new(env!("CARGO_BIN_EXE_livebackup"))
