@@ -114,6 +114,18 @@ fn command(manifest: &Manifest, items: &[Item], dir: &Path) -> String {
             known.push(Known { old: &file.filename, new, what, changed: item.and_then(|i| changed(i, file)) });
         }
     }
+    for left_out in &manifest.left_out {
+        for file in &left_out.disk.chain {
+            if known.iter().all(|known| known.old != file.filename) {
+                let what = format!(
+                    "device {:?}, which was left out of the backup: what lies there now, if anything, is no part of the \
+                     restore point",
+                    left_out.disk.name
+                );
+                known.push(Known { old: &file.filename, new: None, what, changed: None });
+            }
+        }
+    }
     for item in items.iter().filter(|item| !item.is_disk) {
         let what = format!("file {:?}", item.name);
         known.push(Known { old: &item.name, new: Some(item.place.path()), what, changed: None });

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::repo_common::{pattern, store};
 use crate::restore_common::*;
-use livebackup::machine::MediumFile;
+use livebackup::machine::{Disk, FoundDisk, MediumFile, Verdict};
 use livebackup::repo::point::{ChoiceError, PointFile};
 use livebackup::restore::{DiskTarget, Format, Progress, RestoreError, RestoreOptions, restore};
 use livebackup::units::MIB;
@@ -261,6 +261,12 @@ fn the_definition_says_what_the_machine_was() {
     ]
     .map(str::to_owned)
     .to_vec();
+    let left_out = Disk {
+        name: "x".to_owned(),
+        chain: vec![medium("raw", "/old/root.qcow2.other")],
+        ..stored.point.disks[0].disk.clone()
+    };
+    stored.point.left_out = vec![FoundDisk { disk: left_out, verdict: Verdict::LeftOut("it was excluded".to_owned()) }];
     let report = stored.restore(&stored.options()).unwrap();
     let definition: serde_json::Value = serde_json::from_slice(&fs::read(&report.definition).unwrap()).unwrap();
     assert_eq!(definition["machine"]["command_line"][2], "it's me");
@@ -271,6 +277,8 @@ fn the_definition_says_what_the_machine_was() {
     let text = fs::read_to_string(&command).unwrap();
     assert!(text.lines().next().unwrap().contains("NOT RUN"), "{text}");
     assert!(text.contains("its format was \"qcow2\" and is \"raw\" now"), "{text}");
+    let note = "argument 10 is unchanged; it names device \"x\", which was left out of the backup";
+    assert!(text.contains(note), "{text}");
     // The rest is what a shell reads as arguments.
     let script = text.replacen("\nqemu-system-x86_64", "\nprintf '%s\\0' qemu-system-x86_64", 1);
     let said = run("sh", &["-c", &script]);
