@@ -11,7 +11,9 @@ use crate::machine::Machine;
 /// QEMU's answer for a machine without a UUID.
 const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 /// Options whose file the machine cannot start without.
-const BOOT_OPTIONS: [&str; 3] = ["kernel", "initrd", "bios"];
+const BOOT_OPTIONS: [&str; 4] = ["kernel", "initrd", "bios", "dtb"];
+/// The same as properties of `-machine`.
+const BOOT_PROPERTIES: [&str; 4] = ["kernel", "initrd", "firmware", "dtb"];
 
 /// Asks for the machine's definition: five commands, a few milliseconds. The command line and the boot files are empty
 /// where QEMU's process cannot be seen.
@@ -89,23 +91,63 @@ fn command_line(pid: i32) -> Vec<String> {
 /// Files that the machine boots from. A relative path is taken from QEMU's working directory where it is there;
 /// firmware that is not is a part of QEMU's installation, and left out.
 fn boot_files(arguments: &[String], cwd: Option<&Path>) -> Vec<String> {
+    let takes_value = ["machine", "M", "device"];
     let option = |text: &str| {
         let name = text.strip_prefix("--").or_else(|| text.strip_prefix('-'))?;
-        BOOT_OPTIONS.into_iter().find(|o| *o == name)
+        BOOT_OPTIONS.into_iter().chain(takes_value).find(|o| *o == name)
     };
-    let mut files = vec![];
+    let mut files: Vec<String> = vec![];
+    let mut add = |name: &str, value: &str| {
+        let path = cwd.map_or_else(|| PathBuf::from(value), |cwd| cwd.join(value));
+        let file = if path.is_absolute() && path.exists() {
+            path.to_string_lossy().into_owned()
+        } else if !matches!(name, "bios" | "firmware") || value.contains('/') {
+            value.to_owned()
+        } else {
+            return;
+        };
+        if !files.contains(&file) {
+            files.push(file);
+        }
+    };
     let mut rest = arguments.iter().skip(1);
     while let Some(argument) = rest.next() {
         let Some(name) = option(argument) else { continue };
         let Some(value) = rest.next() else { break };
-        let path = cwd.map_or_else(|| PathBuf::from(value), |cwd| cwd.join(value));
-        if path.is_absolute() && path.exists() {
-            files.push(path.to_string_lossy().into_owned());
-        } else if name != "bios" || value.contains('/') {
-            files.push(value.clone());
+        match name {
+            "machine" | "M" => properties(value)
+                .iter()
+                .filter(|(name, _)| BOOT_PROPERTIES.contains(&&**name))
+                .for_each(|(name, value)| add(name, value)),
+            "device" => {
+                let properties = properties(value);
+                let is_loader = properties.iter().any(|(name, value)| name == "driver" && value == "loader");
+                let mut files = properties.iter().filter(|(name, _)| is_loader && name == "file");
+                files.by_ref().for_each(|(name, value)| add(name, value));
+            }
+            _ => add(name, value),
         }
     }
     files
+}
+
+/// The properties of `-device` or `-machine` that have texts: of JSON, or of `driver,name=value`, where a doubled comma stands
+/// for one. The first without a name is `driver`.
+fn properties(argument: &str) -> Vec<(String, String)> {
+    if let Ok(Value::Object(object)) = serde_json::from_str(argument) {
+        return object.into_iter().filter_map(|(name, value)| Some((name, value.as_str()?.to_owned()))).collect();
+    }
+    let mut pieces = vec![String::new()];
+    let mut rest = argument.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            ',' if rest.next_if_eq(&',').is_none() => pieces.push(String::new()),
+            c => pieces.last_mut().into_iter().for_each(|piece| piece.push(c)),
+        }
+    }
+    let first = pieces.first().filter(|piece| !piece.contains('=')).map(|piece| ("driver".to_owned(), piece.clone()));
+    let named = pieces.iter().filter_map(|piece| piece.split_once('='));
+    first.into_iter().chain(named.map(|(name, value)| (name.to_owned(), value.to_owned()))).collect()
 }
 
 /// An argument without the plain text of a secret (`-object secret,id=…,data=…`): restore points keep command lines.
@@ -187,5 +229,19 @@ mod tests {
         assert_eq!(found("qemu -kernel -kernel"), [format!("{at}/-kernel")]);
         assert_eq!(found("qemu -bios bios-microvm.bin -kernel"), Vec::<String>::new());
         assert_eq!(boot_files(&line("qemu -kernel vmlinuz"), None), ["vmlinuz"]);
+        let there = [format!("{at}/vmlinuz")];
+        for options in [
+            "-machine q35,firmware=vmlinuz",
+            "-M firmware=vmlinuz,type=q35 -machine accel=tcg",
+            "-machine virt -dtb vmlinuz",
+            "-device loader,file=vmlinuz,addr=0x100 -device virtio-blk-pci,file=no",
+            r#"-device {"driver":"loader","addr":256,"file":"vmlinuz"}"#,
+            "-kernel vmlinuz -machine kernel=vmlinuz",
+        ] {
+            assert_eq!(found(&format!("qemu {options}")), there, "{options}");
+        }
+        assert_eq!(found("qemu -machine q35,firmware=edk2.fd"), Vec::<String>::new(), "a part of QEMU");
+        fs::write(dir.path().join("a,b"), "").unwrap();
+        assert_eq!(found("qemu -device loader,file=a,,b"), [format!("{at}/a,b")]);
     }
 }

@@ -6,11 +6,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// Arguments for a machine with this guest; `DIR` as in [`super::Qemu::start_with`]. Not by `-bios`: what that names is kept with
-/// each point, over a connection of its own, which tests that count connections do not want.
-pub const ARGS: [&str; 6] = [
-    "-machine",
-    "q35,firmware=DIR/tiny.bin",
+/// Arguments for a machine with this guest; `DIR` as in [`super::Qemu::start_with`]. By a name in QEMU's
+/// own directories, as a firmware of its installation: another is kept with each point, over a connection of its own, which tests
+/// that count connections do not want.
+pub const ARGS: [&str; 8] = [
+    "-L",
+    "DIR",
+    "-bios",
+    "tiny.bin",
     "-chardev",
     "socket,id=tiny,path=DIR/tiny,server=on,wait=off",
     "-serial",
