@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::args::{SkipArgs, SourceArgs};
 use super::context::Context;
 use super::exit::{self, Code};
+use super::output;
 use super::progress::Meter;
 use super::{open, repository};
 use crate::agent;
@@ -180,7 +181,7 @@ impl fmt::Display for BackupReport {
         for disk in &report.disks {
             let (read, size) = (human_bytes(disk.read_bytes), human_bytes(disk.size_bytes));
             let stored = human_bytes(disk.stored_bytes);
-            write!(f, "{}: {read} of {size} read, {stored} stored", disk.disk)?;
+            write!(f, "{}: {read} of {size} read, {stored} stored", output::name(&disk.disk))?;
             match &disk.taken {
                 Taken::Full { reason } => writeln!(f, "; whole: {reason}")?,
                 Taken::Scan { reason } => {
@@ -201,7 +202,7 @@ impl fmt::Display for BackupReport {
             writeln!(f, "left out: {left_out}")?;
         }
         for warning in &report.warnings {
-            writeln!(f, "warning: {warning}")?;
+            writeln!(f, "warning: {}", output::name(warning))?;
         }
         let (bytes, read) = match report.level {
             Level::Full | Level::Copy => (report.read_bytes, "read"),
@@ -225,7 +226,7 @@ impl fmt::Display for BackupReport {
             None => {}
         }
         for reason in &report.evidence.reasons {
-            writeln!(f, "note: {reason}")?;
+            writeln!(f, "note: {}", output::name(reason))?;
         }
         let wire = match report.wire_bytes {
             Some(bytes) => format!(", {} over the line", human_bytes(bytes)),
@@ -235,7 +236,7 @@ impl fmt::Display for BackupReport {
             f,
             "{} of {}: {}, {} {read}{wire}, {} stored, {:.2} s{frozen}{stopped}; {}-consistent point {}",
             level_name(report.level),
-            report.vm,
+            output::name(&report.vm),
             count(report.disks.len(), "disk"),
             human_bytes(bytes),
             human_bytes(report.stored_bytes),

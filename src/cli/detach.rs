@@ -9,6 +9,7 @@ use super::args::SourceArgs;
 use super::context::Context;
 use super::exit::Code;
 use super::open;
+use super::output;
 
 #[derive(Debug, Args)]
 pub struct DetachArgs {
@@ -31,8 +32,12 @@ impl fmt::Display for DetachReport {
         self.removed.iter().try_for_each(|what| writeln!(f, "removed {what}"))?;
         self.left.iter().try_for_each(|what| writeln!(f, "still there: {what}; --all removes it"))?;
         match self.removed.is_empty() {
-            true => writeln!(f, "nothing of this livebackup's was in {}", self.vm),
-            false => writeln!(f, "nothing of this livebackup's is in {} any more; its next backup reads all", self.vm),
+            true => writeln!(f, "nothing of this livebackup's was in {}", output::name(&self.vm)),
+            false => writeln!(
+                f,
+                "nothing of this livebackup's is in {} any more; its next backup reads all",
+                output::name(&self.vm)
+            ),
         }
     }
 }

@@ -9,6 +9,7 @@ use super::args::SourceArgs;
 use super::context::Context;
 use super::exit::Code;
 use super::open;
+use super::output;
 use super::table::Table;
 use crate::machine::{FoundDisk, Machine, Verdict};
 use crate::units::human_bytes;
@@ -47,7 +48,13 @@ fn verdict(found: &FoundDisk) -> &'static str {
 impl fmt::Display for DisksReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let machine = self.machine.machine_type.as_deref().unwrap_or("unknown machine type");
-        writeln!(f, "{}: QEMU {}, {}, {machine}", self.vm, self.machine.qemu_version, self.machine.target)?;
+        writeln!(
+            f,
+            "{}: QEMU {}, {}, {machine}",
+            output::name(&self.vm),
+            self.machine.qemu_version,
+            self.machine.target
+        )?;
         let mut table = Table::new(&["DISK", "DEVICE", ">SIZE", "VERDICT", "MEDIUM"]);
         for found in &self.disks {
             let size = human_bytes(found.disk.size_bytes);
@@ -59,12 +66,16 @@ impl fmt::Display for DisksReport {
             match (&found.verdict, &found.disk.shared) {
                 (Verdict::Protectable, None) => {}
                 (Verdict::Protectable, Some(reason)) => {
-                    writeln!(f, "{} is read whole every time: {reason}", found.disk.name)?;
+                    writeln!(f, "{} is read whole every time: {reason}", output::name(&found.disk.name))?;
                 }
-                (Verdict::LeftOut(reason), _) => writeln!(f, "{} is left out: {reason}", found.disk.name)?,
-                (Verdict::NotProtectable(reason), _) => {
-                    writeln!(f, "{0} cannot be protected: {reason}; a backup needs `--exclude {0}`", found.disk.name)?
+                (Verdict::LeftOut(reason), _) => {
+                    writeln!(f, "{} is left out: {reason}", output::name(&found.disk.name))?
                 }
+                (Verdict::NotProtectable(reason), _) => writeln!(
+                    f,
+                    "{0} cannot be protected: {reason}; a backup needs `--exclude {0}`",
+                    output::name(&found.disk.name)
+                )?,
             }
         }
         let taken = || self.disks.iter().filter(|found| found.verdict == Verdict::Protectable);

@@ -9,6 +9,7 @@ use super::args::SourceArgs;
 use super::backup::WhatArgs;
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::table::Table;
 use super::{open, repository};
 use crate::backup;
@@ -45,7 +46,7 @@ impl fmt::Display for EstimateReport {
             table.row([disk.disk.clone(), human_bytes(disk.size_bytes), human_bytes(disk.needed_bytes), how]);
         }
         write!(f, "{table}")?;
-        writeln!(f, "a backup of {} would read {}", self.vm, human_bytes(self.needed_bytes))
+        writeln!(f, "a backup of {} would read {}", output::name(&self.vm), human_bytes(self.needed_bytes))
     }
 }
 

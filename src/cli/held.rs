@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::dial::dial;
+use super::output;
 use super::source::{self, Source};
 use super::status::StatusReport;
 use crate::backup::Sidecar;
@@ -48,7 +49,7 @@ impl fmt::Display for HostReport {
                 writeln!(f)?;
             }
             let HeldVm { vm, qemu_pid, monitor, held_by, command, .. } = held;
-            writeln!(f, "{vm}: QEMU is process {qemu_pid}, its monitor {monitor}")?;
+            writeln!(f, "{}: QEMU is process {qemu_pid}, its monitor {monitor}", output::name(vm))?;
             writeln!(f, "held by process {held_by} ({command})")?;
             match (&held.status, &held.silent, &held.served_at) {
                 (Some(status), _, _) => write!(f, "{}", StatusReport::new(status))?,

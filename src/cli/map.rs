@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::backup::count;
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::repository;
 use super::table::Table;
 use crate::area::Area;
@@ -105,7 +106,7 @@ impl fmt::Display for Serving {
         }
         writeln!(f, "for example: {}", self.example)?;
         let (point, instant) = (self.point.short(), self.instant);
-        writeln!(f, "serving {}@{point} of {instant:.0}, read-only, until Ctrl-C or SIGTERM", self.vm)
+        writeln!(f, "serving {}@{point} of {instant:.0}, read-only, until Ctrl-C or SIGTERM", output::name(&self.vm))
     }
 }
 
@@ -144,7 +145,7 @@ impl fmt::Display for Served {
         let (clients, reads) = (count(self.clients as usize, "client"), count(self.reads as usize, "read"));
         let (read, holes) = (human_bytes(self.read_bytes), human_bytes(self.hole_bytes));
         let what = format!("{clients}, {reads} of {read}, {holes} of that holes");
-        writeln!(f, "served {}@{}: {what}, {:.2} s", self.vm, self.point.short(), self.seconds)?;
+        writeln!(f, "served {}@{}: {what}, {:.2} s", output::name(&self.vm), self.point.short(), self.seconds)?;
         if self.failed_reads > 0 {
             let failed = count(self.failed_reads as usize, "read");
             writeln!(f, "DAMAGED: {failed} failed; `livebackup verify` shows what is lost")?;

@@ -4,6 +4,7 @@ use super::args::SourceArgs;
 use super::context::Context;
 use super::dial::dial;
 use super::exit;
+use super::output;
 use super::source::{self, Source};
 use crate::backup::Sidecar;
 use crate::vm::{AttachError, Vm, VmOptions};
@@ -47,7 +48,7 @@ async fn connect(context: &Context, address: &Address, vm: Option<String>) -> an
     let names: Vec<_> = vms.into_iter().map(|entry| entry.vm).collect();
     let there_are = match names.is_empty() {
         true => "it has none".to_owned(),
-        false => format!("it has {}", names.join(", ")),
+        false => format!("it has {}", output::names(&names)),
     };
     match vm {
         Some(vm) if names.contains(&vm) => Ok(Sidecar::Remote(Box::new(client), vm)),

@@ -1,5 +1,6 @@
 //! Output: the one place that prints. A report is anything that can be serialized and shown as text.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,36 @@ static CLOSED: AtomicBool = AtomicBool::new(false);
 /// Set once something could not be printed there.
 static LOST: AtomicBool = AtomicBool::new(false);
 
+/// A text without what a terminal would take for a command: names come from QEMU, guests, servers and repositories. Line ends
+/// of ours stay.
+pub fn plain(text: &str) -> Cow<'_, str> {
+    escape(text, |c| c.is_control() && c != '\n')
+}
+
+/// A name within a text: it has no line ends either.
+pub fn name(text: &str) -> Cow<'_, str> {
+    escape(text, char::is_control)
+}
+
+/// [`name`]s, with commas between them.
+pub fn names(texts: &[String]) -> String {
+    texts.iter().map(|text| name(text)).collect::<Vec<_>>().join(", ")
+}
+
+fn escape(text: &str, is_escaped: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut plain = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        match is_escaped(c) {
+            true => plain.extend(c.escape_default()),
+            false => plain.push(c),
+        }
+    }
+    Cow::Owned(plain)
+}
+
 fn line(mut to: impl Write, text: impl Display) -> io::Result<()> {
     writeln!(to, "{text}").and_then(|()| to.flush())
 }
@@ -54,7 +85,7 @@ impl Output {
     pub fn print(&self, report: &(impl Serialize + Display)) {
         match self.json {
             true => self.json_line(report),
-            false => say(report.to_string().trim_end_matches('\n')),
+            false => say(plain(report.to_string().trim_end_matches('\n'))),
         }
     }
 
@@ -88,7 +119,7 @@ impl Output {
         let message = message(error);
         match self.json {
             true => self.json_line(&ErrorReport { error: ErrorBody { code: code.name(), message } }),
-            false => drop(line(io::stderr().lock(), format_args!("livebackup: {message}"))),
+            false => drop(line(io::stderr().lock(), format_args!("livebackup: {}", plain(&message)))),
         }
         code
     }
@@ -111,6 +142,13 @@ pub fn message(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_terminal_gets_no_commands() {
+        assert_eq!(plain("a\x1b[2Jb\r\nc\u{9b}31m\tä"), "a\\u{1b}[2Jb\\r\nc\\u{9b}31m\\tä");
+        assert_eq!(name("vm\n1"), "vm\\n1");
+        assert!(matches!(plain("höhe\n2"), Cow::Borrowed(_)));
+    }
 
     #[test]
     fn causes_are_said_once() {

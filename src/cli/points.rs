@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::backup::{count, level_name};
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::repository;
 use super::table::Table;
 use crate::machine::Taken;
@@ -94,10 +95,10 @@ impl fmt::Display for PointsReport {
         }
         for point in &self.points {
             for scanned in &point.scanned {
-                writeln!(f, "{} of {}: scanned {scanned}", point.point.short(), point.vm)?;
+                writeln!(f, "{} of {}: scanned {scanned}", point.point.short(), output::name(&point.vm))?;
             }
             if let Some(suspect) = &point.suspect {
-                writeln!(f, "SUSPECT: {} of {}: {suspect}", point.point.short(), point.vm)?;
+                writeln!(f, "SUSPECT: {} of {}: {suspect}", point.point.short(), output::name(&point.vm))?;
             }
         }
         if !self.damaged.is_empty() {

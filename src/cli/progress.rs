@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::output::Output;
+use super::output::{self, Output};
 use crate::units::human_bytes;
 
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -89,12 +89,17 @@ impl Meter {
             How::Bar(bar) => {
                 bar.set_length(total_bytes);
                 bar.set_position(done_bytes);
-                bar.set_message(doing.to_owned());
+                bar.set_message(output::name(doing).into_owned());
             }
             How::Lines => {
                 let eta = seconds_left.map_or(String::new(), |s| format!(", {} left", human_seconds(s)));
                 let (done, total) = (human_bytes(done_bytes), human_bytes(total_bytes));
-                let _ = writeln!(io::stderr(), "{doing}: {done} of {total}, {}/s{eta}", human_bytes(rate as u64));
+                let _ = writeln!(
+                    io::stderr(),
+                    "{}: {done} of {total}, {}/s{eta}",
+                    output::name(doing),
+                    human_bytes(rate as u64)
+                );
             }
             How::Json => {
                 let bytes_per_second = rate as u64;

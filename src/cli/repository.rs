@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::exit;
+use super::output;
 use super::source;
 use crate::repo::{Manifest, Repository};
 
@@ -39,7 +40,7 @@ pub fn vm<'a>(repo: &Repository, vm: &'a str) -> anyhow::Result<&'a str> {
     let place = repo.layout().root().display();
     Err(exit::not_found(match vms.is_empty() {
         true => format!("no restore points of VM {vm:?}: {place} has none at all yet; `livebackup backup` makes one"),
-        false => format!("no restore points of VM {vm:?} in {place}; it has those of {}", vms.join(", ")),
+        false => format!("no restore points of VM {vm:?} in {place}; it has those of {}", output::names(&vms)),
     }))
 }
 

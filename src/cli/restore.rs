@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::progress::Meter;
 use super::repository;
 use crate::area::Area;
@@ -123,7 +124,7 @@ impl fmt::Display for Restored {
         for disk in &self.disks {
             let (size, data) = (human_bytes(disk.size_bytes), human_bytes(disk.data_bytes));
             let compared = if disk.compared { ", compared" } else { "" };
-            writeln!(f, "{}: {}, {size}, {data} of data{compared}", disk.disk, disk.path.display())?;
+            writeln!(f, "{}: {}, {size}, {data} of data{compared}", output::name(&disk.disk), disk.path.display())?;
             disk.left_out.iter().try_for_each(|area| writeln!(f, "  zero, as it was left out of the point: {area}"))?;
         }
         for file in &self.files {
@@ -138,7 +139,13 @@ impl fmt::Display for Restored {
         }
         let bytes = human_bytes(self.disks.iter().map(|disk| disk.data_bytes).sum());
         let disks = super::backup::count(self.disks.len(), "disk");
-        writeln!(f, "restored {}@{}: {disks}, {bytes} of data, {:.2} s", self.vm, self.point.short(), self.seconds)
+        writeln!(
+            f,
+            "restored {}@{}: {disks}, {bytes} of data, {:.2} s",
+            output::name(&self.vm),
+            self.point.short(),
+            self.seconds
+        )
     }
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::backup::{count, level_name};
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::repository;
 use super::table::Table;
 use crate::machine::{Taken, Verdict};
@@ -51,7 +52,7 @@ impl fmt::Display for ShowReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let point = &self.point;
         writeln!(f, "point     {}", point.id)?;
-        writeln!(f, "vm        {}", point.vm)?;
+        writeln!(f, "vm        {}", output::name(&point.vm))?;
         writeln!(f, "instant   {}", point.instant)?;
         match point.parent {
             Some(parent) => writeln!(f, "level     {}, since point {}", level_name(point.level), parent.short())?,
@@ -77,21 +78,24 @@ impl fmt::Display for ShowReport {
         write!(f, "{table}")?;
         for disk in &point.disks {
             if let Some(words) = disk.audit.and_then(|record| coverage(&record, disk.image.chunks())) {
-                writeln!(f, "audit of {}: {words}", disk.disk.name)?;
+                writeln!(f, "audit of {}: {words}", output::name(&disk.disk.name))?;
             }
             if let Some(impact) = &disk.impact {
-                writeln!(f, "guest on {} meanwhile: {impact}", disk.disk.name)?;
+                writeln!(f, "guest on {} meanwhile: {impact}", output::name(&disk.disk.name))?;
             }
             for area in &disk.areas.areas {
-                writeln!(f, "left out of {}, zero in this point: {area}", disk.disk.name)?;
+                writeln!(f, "left out of {}, zero in this point: {area}", output::name(&disk.disk.name))?;
             }
-            disk.areas.kept.iter().try_for_each(|why| writeln!(f, "note on {}: {why}", disk.disk.name))?;
+            disk.areas
+                .kept
+                .iter()
+                .try_for_each(|why| writeln!(f, "note on {}: {why}", output::name(&disk.disk.name)))?;
         }
         if let Some(suspect) = &self.suspect {
             writeln!(f, "SUSPECT: {}", suspect::in_words(suspect))?;
         }
         for file in &point.files {
-            writeln!(f, "file {}, {}", file.name, human_bytes(file.image.size_bytes))?;
+            writeln!(f, "file {}, {}", output::name(&file.name), human_bytes(file.image.size_bytes))?;
         }
         for found in &point.left_out {
             let reason = match &found.verdict {
@@ -109,7 +113,7 @@ fn evidence(f: &mut fmt::Formatter<'_>, evidence: &Evidence) -> fmt::Result {
     if let Some(frozen) = &evidence.frozen {
         write!(f, "; {} frozen for {}", count(frozen.file_systems as usize, "file system"), ms(frozen.frozen_us))?;
         if !frozen.mount_points.is_empty() {
-            write!(f, " ({})", frozen.mount_points.join(", "))?;
+            write!(f, " ({})", output::names(&frozen.mount_points))?;
         }
     }
     if evidence.stopped_us > 0 {
@@ -138,7 +142,14 @@ fn evidence(f: &mut fmt::Formatter<'_>, evidence: &Evidence) -> fmt::Result {
         let told: Vec<_> = told.into_iter().filter(|text| !text.is_empty()).collect();
         writeln!(f, "guest     {}; agent {}", told.join(", "), guest.agent_version)?;
         for fs in &guest.file_systems {
-            writeln!(f, "  {} ({}) on {}: {}", fs.mount_point, fs.kind, fs.device, fs.disks.join(", "))?;
+            writeln!(
+                f,
+                "  {} ({}) on {}: {}",
+                output::name(&fs.mount_point),
+                output::name(&fs.kind),
+                output::name(&fs.device),
+                output::names(&fs.disks)
+            )?;
         }
     }
     Ok(())

@@ -10,6 +10,7 @@ use super::args::SourceArgs;
 use super::context::Context;
 use super::dial::dial;
 use super::exit::Code;
+use super::output;
 use super::source::{self, Source};
 use super::table::Table;
 use super::{held, open};
@@ -66,7 +67,7 @@ fn rate(now: &SessionStatus, before: Option<&SessionStatus>) -> u64 {
 impl fmt::Display for StatusReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let status = self.status;
-        write!(f, "{}: {}", status.vm, status.state)?;
+        write!(f, "{}: {}", output::name(&status.vm), output::name(&status.state))?;
         match &status.qemu_version {
             Some(version) => writeln!(f, ", QEMU {version}")?,
             None => writeln!(f)?,
@@ -107,7 +108,7 @@ impl fmt::Display for StatusReport<'_> {
             return Ok(());
         }
         for disk in status.session.iter().flat_map(|session| &session.impact) {
-            writeln!(f, "  guest on {}: {}", disk.disk, disk.impact)?;
+            writeln!(f, "  guest on {}: {}", output::name(&disk.disk), disk.impact)?;
         }
         let mut table = Table::new(&["DISK", ">CHECKPOINT", "TAKEN", ">CHANGED SINCE", "TRACKING"]);
         let dash = || "-".to_owned();

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::output;
+
 /// Which side a column's text is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -27,7 +29,8 @@ impl Table {
     /// Adds a row.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
         debug_assert_eq!(N, self.sides.len());
-        self.rows.push(cells.into());
+        // A cell is one line, whatever a name has.
+        self.rows.push(cells.iter().map(|cell| output::name(cell).into_owned()).collect());
     }
 }
 
@@ -52,6 +55,13 @@ impl fmt::Display for Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_makes_no_row() {
+        let mut table = Table::new(&["NAME", ">SIZE"]);
+        table.row(["a\nb  7".to_owned(), "1".to_owned()]);
+        assert_eq!(table.to_string(), "NAME     SIZE\na\\nb  7     1\n");
+    }
 
     #[test]
     fn columns_line_up() {

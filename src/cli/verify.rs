@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::backup::count;
 use super::context::Context;
 use super::exit::Code;
+use super::output;
 use super::progress::Meter;
 use super::repository;
 use crate::repo::suspect;
@@ -71,9 +72,9 @@ impl From<Report> for VerifyReport {
 impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for damage in &self.damage {
-            writeln!(f, "damaged: {}", damage.what)?;
+            writeln!(f, "damaged: {}", output::name(&damage.what))?;
             for place in damage.affected.iter().take(SHOWN) {
-                writeln!(f, "  takes {place}")?;
+                writeln!(f, "  takes {}", output::name(place))?;
             }
             if let Some(more @ 1..) = damage.affected.len().checked_sub(SHOWN) {
                 writeln!(f, "  and {more} more")?;
@@ -88,7 +89,7 @@ impl fmt::Display for VerifyReport {
             writeln!(f, "and {} more", count(self.unreported as usize, "damage"))?;
         }
         for suspect in &self.suspect {
-            writeln!(f, "SUSPECT: {suspect}")?;
+            writeln!(f, "SUSPECT: {}", output::name(suspect))?;
         }
         let points = count(self.points as usize, "restore point");
         let bytes = human_bytes(self.stored_bytes);

@@ -45,6 +45,39 @@ async fn a_vm_that_another_process_has_is_shown_with_who_that_is() {
     assert_eq!(ask(&qemu, &["status", &source])["vm"], "vm1");
 }
 
+/// Names come from QEMU: what is in them is neither a command to the terminal nor a line of ours.
+#[test]
+fn a_name_is_no_command_to_a_terminal() {
+    let name = "vm\u{1b}[2J\nvm2: fine";
+    let disk = "driver=raw,node-name=disk0,file.driver=file,file.filename=DIR/disk0.raw";
+    let args = ["-name", name, "-blockdev", disk, "-device", VIRTIO.0];
+    let qemu = Qemu::start_with(Version::V10, &args, |dir| {
+        std::fs::File::create(dir.join("disk0.raw")).unwrap().set_len(MIB).unwrap();
+    });
+    let (repo, source) = (qemu.path("repo"), format!("qmp:{}", qemu.socket().display()));
+    let repo = repo.to_str().unwrap();
+    run(livebackup().args(["init", repo]));
+    assert_eq!(ask(&qemu, &["disks", &source])["vm"], name, "JSON has it as it is");
+    let state = qemu.path("state");
+    for args in [
+        vec!["disks", &source],
+        vec!["status", &source],
+        vec!["estimate", &source, repo],
+        vec!["backup", &source, repo],
+        vec!["points", repo],
+        vec!["show", repo, name],
+        vec!["verify", repo, name],
+        vec!["restore", repo, name, qemu.path("out").to_str().unwrap()],
+        vec!["detach", &source],
+        vec!["show", repo, "vm\u{1b}[3J"],
+    ] {
+        let out = livebackup().arg("--state").arg(&state).args(&args).output().unwrap();
+        let said = String::from_utf8([out.stdout, out.stderr].concat()).unwrap();
+        assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{args:?}: {said:?}");
+        assert!(!said.contains("\nvm2"), "{args:?}: {said}");
+    }
+}
+
 /// A small file system that goes with the test.
 struct Small(std::path::PathBuf);
 
