@@ -9,12 +9,12 @@ use super::context::Context;
 use super::dial::dial;
 use super::output;
 use super::source::{self, Source};
-use super::status::StatusReport;
+use super::status::{self, StatusReport};
 use crate::backup::Sidecar;
 use crate::vm;
 use crate::vm::place::{self, Holder};
 use crate::wire::Address;
-use crate::wire::message::VmStatus;
+use crate::wire::message::{SessionStatus, VmStatus};
 
 /// A VM that a sidecar of this host holds.
 #[derive(Serialize)]
@@ -27,6 +27,8 @@ struct HeldVm {
     served_at: Option<String>,
     /// What the server says of it, if one has it.
     status: Option<VmStatus>,
+    /// How far its backup is, where it serves nobody and has one.
+    session: Option<SessionStatus>,
     /// Why the server says nothing.
     silent: Option<String>,
 }
@@ -54,7 +56,12 @@ impl fmt::Display for HostReport {
             match (&held.status, &held.silent, &held.served_at) {
                 (Some(status), _, _) => write!(f, "{}", StatusReport::new(status))?,
                 (None, Some(why), Some(at)) => writeln!(f, "served at {at}, which does not answer: {why}")?,
-                _ => writeln!(f, "it serves nobody else: ask again when it is done")?,
+                _ => {
+                    if let Some(session) = &held.session {
+                        status::write_session(f, session, None)?;
+                    }
+                    writeln!(f, "it serves nobody else: ask again when it is done")?;
+                }
             }
         }
         Ok(())
@@ -77,8 +84,9 @@ async fn held(context: &Context, qemu_pid: i32, holder: Holder) -> HeldVm {
             Err(error) => silent = Some(format!("{error:#}")),
         }
     }
+    let session = if holder.served_at.is_none() { place::told(qemu_pid, &holder) } else { None };
     let Holder { pid, monitor, vm, served_at } = holder;
-    HeldVm { vm, qemu_pid, monitor, held_by: pid, command: command_of(pid), served_at, status, silent }
+    HeldVm { vm, qemu_pid, monitor, held_by: pid, command: command_of(pid), served_at, status, session, silent }
 }
 
 async fn ask(context: &Context, address: &Address, vm: &str) -> anyhow::Result<VmStatus> {

@@ -64,6 +64,30 @@ fn rate(now: &SessionStatus, before: Option<&SessionStatus>) -> u64 {
     (u128::from(bytes) * 1000 / u128::from(ms.max(1))) as u64
 }
 
+/// A running backup; `before` is the look before it.
+pub fn write_session(
+    f: &mut fmt::Formatter<'_>,
+    session: &SessionStatus,
+    before: Option<&SessionStatus>,
+) -> fmt::Result {
+    let rate = rate(session, before);
+    let by = session.client.as_ref().map(|client| format!(" for {client}")).unwrap_or_default();
+    let over = session.connections.map(|count| format!(" over {count} connections")).unwrap_or_default();
+    writeln!(
+        f,
+        "a backup is running{by}{over}: instant {:.0}, {} of {} sent, {}/s, {} of scratch",
+        session.instant,
+        human_bytes(session.sent_bytes),
+        human_bytes(session.needed_bytes),
+        human_bytes(rate),
+        human_bytes(session.scratch_bytes)
+    )?;
+    match session.lost {
+        Some(since) => writeln!(f, "its client is lost since {since:.0}; it is held for it to come back"),
+        None => Ok(()),
+    }
+}
+
 impl fmt::Display for StatusReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let status = self.status;
@@ -77,21 +101,7 @@ impl fmt::Display for StatusReport<'_> {
             None if status.qemu_version.is_none() => {}
             None => writeln!(f, "no backup is running")?,
             Some(session) => {
-                let rate = rate(session, self.before.and_then(|before| before.session.as_ref()));
-                let by = session.client.as_ref().map(|client| format!(" for {client}")).unwrap_or_default();
-                let over = session.connections.map(|count| format!(" over {count} connections")).unwrap_or_default();
-                writeln!(
-                    f,
-                    "a backup is running{by}{over}: instant {:.0}, {} of {} sent, {}/s, {} of scratch",
-                    session.instant,
-                    human_bytes(session.sent_bytes),
-                    human_bytes(session.needed_bytes),
-                    human_bytes(rate),
-                    human_bytes(session.scratch_bytes)
-                )?;
-                if let Some(since) = session.lost {
-                    writeln!(f, "its client is lost since {since:.0}; it is held for it to come back")?;
-                }
+                write_session(f, session, self.before.and_then(|before| before.session.as_ref()))?;
             }
         }
         for waiting in &status.queue {

@@ -348,6 +348,13 @@ impl Vm {
         change(&mut self.inner.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Tells how far the session is to who cannot ask: where nobody is served.
+    fn tell_progress(&self) {
+        if self.inner.options.served_at.is_none() {
+            self.inner.place.tell(self.progress());
+        }
+    }
+
     fn doubt(&self, disk: &str) -> Option<String> {
         self.inner.doubts.lock().unwrap_or_else(PoisonError::into_inner).get(disk).cloned()
     }

@@ -8,6 +8,7 @@
 //!              disks/DISK/     the sealed checkpoint log of a disk
 //! RUN/qemu-PID-START.lock      flock: one sidecar per QEMU process, with who holds it
 //!     OWNER8-PID-START/        sockets for this QEMU, and `owed-*` files: debts that carry no name inside QEMU
+//!                     session  how far a session is, where its sidecar serves nobody whom one could ask
 //! ```
 //!
 //! RUN is `/run/livebackup` for root, else `livebackup` in `$XDG_RUNTIME_DIR`, or in `/run/user/UID` where that is not said: it
@@ -19,6 +20,7 @@ use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -28,10 +30,13 @@ use crate::monitor::Process;
 use crate::repo::layout::directory_of_vm;
 use crate::units::OwnerId;
 use crate::wire::Address as WireAddress;
-use crate::wire::message::{Failure, FailureCode};
+use crate::wire::message::{Failure, FailureCode, SessionStatus};
 
 /// Longest holder description that is read back.
 const MAX_HOLDER_BYTES: u64 = 4096;
+/// The same of a session.
+const MAX_TOLD_BYTES: u64 = 256 << 10;
+const TOLD: &str = "session";
 
 fn failed(what: &str, path: &Path, error: impl Into<Box<dyn std::error::Error>>) -> Failure {
     let error = error.into();
@@ -218,6 +223,46 @@ impl From<Failure> for Taken {
     }
 }
 
+/// A session of a sidecar that serves nobody, as it is told to who asks.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    /// Whose: one that was killed leaves it.
+    pid: u32,
+    session: SessionStatus,
+}
+
+impl Place {
+    /// Tells how far the session is, or that there is none. Nothing depends on it.
+    pub fn tell(&self, session: Option<SessionStatus>) {
+        let path = self.sockets.join(TOLD);
+        let Some(session) = session else {
+            let _ = fs::remove_file(path);
+            return;
+        };
+        let Ok(text) = serde_json::to_vec(&Told { pid: std::process::id(), session }) else { return };
+        let new = self.sockets.join(format!("{TOLD}.{}", durable::TEMPORARY_ENDING));
+        let told = fs::write(&new, text).and_then(|()| fs::rename(&new, path));
+        if let Err(error) = told {
+            tracing::debug!("how far the session is cannot be told: {error}");
+        }
+    }
+}
+
+/// How far the session of a sidecar of this host is, if it has one and tells: of who holds this QEMU process.
+pub fn told(qemu_pid: i32, holder: &Holder) -> Option<SessionStatus> {
+    let found = fs::read_dir(run_dir().ok()?).ok()?.flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        let (owner, key) = name.to_str()?.split_once('-')?;
+        let is_its = is_short_id(owner) && key.split_once('-')?.0.parse() == Ok(qemu_pid);
+        let file = is_its.then(|| File::open(entry.path().join(TOLD)).ok())??;
+        let told: Told = serde_json::from_reader(file.take(MAX_TOLD_BYTES)).ok()?;
+        (i64::from(told.pid) == i64::from(holder.pid)).then_some(told.session)
+    });
+    let running_ms =
+        |session: &SessionStatus| Timestamp::now().duration_since(session.instant).as_millis().max(0) as u64;
+    found.map(|session| SessionStatus { running_ms: running_ms(&session), ..session }).next()
+}
+
 /// Makes the place of a VM and takes its locks.
 pub fn take(state: &Path, owner: OwnerId, qemu: &Process, holder: &Holder) -> Result<Place, Taken> {
     let run = run_dir()?;
@@ -328,6 +373,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_full_state_directory_is_told_as_one() {
+        let full = || std::io::Error::from(ErrorKind::StorageFull);
+        let path = Path::new("/state/vms/a/disks/vd0/epoch");
+        let failures = [
+            not_kept(crate::checkpoint::LogError::from(durable::DurableError::at("write", path)(full()))),
+            not_kept(durable::DurableError::at("create", path)(full())),
+            failed("write", path, full()),
+        ];
+        for failure in failures {
+            assert_eq!(failure.code, FailureCode::NoSpace, "{failure}");
+            assert!(failure.message.contains("/state/vms/a") && failure.message.contains("make room"), "{failure}");
+        }
+        let denied = durable::DurableError::at("write", path)(ErrorKind::PermissionDenied.into());
+        assert_eq!(not_kept(denied).code, FailureCode::Internal);
+    }
+
+    #[test]
     fn an_owner_stays_the_same() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("a/b");
@@ -376,23 +438,6 @@ mod tests {
     #[test]
     fn what_is_left_for_ended_qemus_goes() {
         let (state, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    #[test]
-    fn a_full_state_directory_is_told_as_one() {
-        let full = || std::io::Error::from(ErrorKind::StorageFull);
-        let path = Path::new("/state/vms/a/disks/vd0/epoch");
-        let failures = [
-            not_kept(crate::checkpoint::LogError::from(durable::DurableError::at("write", path)(full()))),
-            not_kept(durable::DurableError::at("create", path)(full())),
-            failed("write", path, full()),
-        ];
-        for failure in failures {
-            assert_eq!(failure.code, FailureCode::NoSpace, "{failure}");
-            assert!(failure.message.contains("/state/vms/a") && failure.message.contains("make room"), "{failure}");
-        }
-        let denied = durable::DurableError::at("write", path)(ErrorKind::PermissionDenied.into());
-        assert_eq!(not_kept(denied).code, FailureCode::Internal);
-    }
-
         let owner = owner(state.path()).unwrap();
         let now = Process::of_pid(1).unwrap().start_time;
         let dir = |time| run.path().join(format!("{}-1-{time}", owner.short()));

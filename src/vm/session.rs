@@ -125,6 +125,7 @@ impl Vm {
             impact: vec![],
         };
         self.set_progress(|p| *p = Some(progress));
+        self.tell_progress();
         let scans = begun.disks.iter().any(|disk| matches!(disk.taken, Taken::Scan { .. }));
         let (mut outlet, Line { events, digests }) = Outlet::open(scans);
         let (acks, acks_heard) = mpsc::unbounded_channel();
@@ -402,6 +403,7 @@ impl Vm {
         totals.impact = meter.impact(&readings);
         self.inner.gauge.keep(readings);
         self.set_progress(|p| *p = None);
+        self.tell_progress();
         if outcome.is_err() {
             // Nobody is told otherwise.
             totals.warnings.iter().for_each(|warning| tracing::warn!(vm = self.inner.name, "{warning}"));
@@ -431,7 +433,8 @@ impl Vm {
                 let by_disk = scratch.used_by_disk();
                 meter.look(&by_disk);
                 let used = by_disk.iter().sum();
-                let impact = if read.elapsed() >= READ_EVERY {
+                let is_time = read.elapsed() >= READ_EVERY;
+                let impact = if is_time {
                     read = Instant::now();
                     Some(meter.impact(&self.inner.gauge.read().await))
                 } else {
@@ -443,6 +446,9 @@ impl Vm {
                         p.impact = impact.unwrap_or_else(|| std::mem::take(&mut p.impact));
                     }
                 });
+                if is_time {
+                    self.tell_progress();
+                }
                 if let Some(why) = scratch.exhausted() {
                     return Failure::new(
                         FailureCode::NoSpace,

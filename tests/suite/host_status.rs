@@ -45,6 +45,30 @@ async fn a_vm_that_another_process_has_is_shown_with_who_that_is() {
     assert_eq!(ask(&qemu, &["status", &source])["vm"], "vm1");
 }
 
+/// A backup in one process serves nobody; what it tells is shown until it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backup_of_another_process_is_shown_with_how_far_it_is() {
+    let (device, path) = VIRTIO;
+    // More than is on its way at a time: the session waits for who reads it.
+    let size = 80 * MIB;
+    let mut qemu = start(&Case { version: Version::V10, transport: Transport::Auto, device, path, size });
+    qemu.write(0, size, 7);
+    let vm = attach(&qemu, Transport::Auto).await;
+    let session = vm.begin(begin(None)).await.unwrap();
+    let source = format!("qmp:{}", qemu.socket().display());
+    for args in [vec!["status"], vec!["status", &source]] {
+        let report = ask(&qemu, &args);
+        let found = held(&report, &qemu).unwrap_or_else(|| panic!("{report}"));
+        assert_eq!(found["session"]["needed_bytes"], json!(size), "{found}");
+        let text = run(livebackup().args(&args));
+        assert!(text.contains("a backup is running: instant") && text.contains("of 80.0 MiB sent"), "{text}");
+    }
+    let mut image = vec![0; size as usize];
+    apply(session, &mut image, || ()).await;
+    wait_until("its end to be told", || held(&ask(&qemu, &["status"]), &qemu).unwrap()["session"] == Value::Null);
+    drop(vm);
+}
+
 /// Names come from QEMU: what is in them is neither a command to the terminal nor a line of ours.
 #[test]
 fn a_name_is_no_command_to_a_terminal() {
