@@ -20,7 +20,7 @@ test: cargo ## all checks and tests, on real QEMUs of two versions
 	$(MAKE) --no-print-directory lint
 	tests/guest/build.sh
 	tests/guest/build-db.sh
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(( $$(nproc) * 2 ))} $(CARGO) test --locked --no-fail-fast # most of them wait most of the time
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(( $$(nproc) * 3 ))} $(CARGO) test --locked --no-fail-fast # most of them wait most of the time
 
 lint: cargo ## formatting, clippy, scripts
 	$(CARGO) fmt --check

@@ -6,7 +6,8 @@
 
 use std::fmt::Write as _;
 use std::ops::{Deref, DerefMut};
-use std::sync::OnceLock;
+use std::sync::{Condvar, Mutex, OnceLock};
+use std::thread::ThreadId;
 
 use super::*;
 
@@ -107,11 +108,45 @@ impl GuestDisk {
     }
 }
 
+/// How many tests have guests at once: each takes one or two processors whole, and databases in one that gets none give up.
+const TURNS: usize = 2;
+/// The threads of the tests that have guests.
+static WITH_GUESTS: Mutex<Vec<ThreadId>> = Mutex::new(Vec::new());
+static TURN_IS_FREE: Condvar = Condvar::new();
+
+/// A test's turn to have guests, until its first one goes.
+struct Turn(ThreadId);
+
+impl Turn {
+    /// Waits for it; nothing where this test has it already.
+    fn take() -> Option<Turn> {
+        let own = std::thread::current().id();
+        let mut with_guests = WITH_GUESTS.lock().unwrap();
+        if with_guests.contains(&own) {
+            return None;
+        }
+        while with_guests.len() >= TURNS {
+            with_guests = TURN_IS_FREE.wait(with_guests).unwrap();
+        }
+        with_guests.push(own);
+        Some(Turn(own))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        WITH_GUESTS.lock().unwrap().retain(|thread| *thread != self.0);
+        TURN_IS_FREE.notify_all();
+    }
+}
+
 /// A running guest. It is a [`Qemu`] too: monitors, `kill`ed when dropped.
 pub struct Guest {
     qemu: Qemu,
     shell: Shell,
     disks: Vec<GuestDisk>,
+    /// Given back when QEMU is gone.
+    _turn: Option<Turn>,
 }
 
 impl Deref for Guest {
@@ -187,13 +222,14 @@ impl Guest {
         all.extend(args.iter().map(|a| (*a).to_owned()));
         let all: Vec<_> = all.iter().map(String::as_str).collect();
         let (mut by, mut dir, mut falls) = (by, dir, 0);
+        let mut turn = Turn::take();
         let guest = loop {
             let mut qemu = Qemu::start_by(by.take(), version, dir, &all);
             let mut shell = Shell::connect(&qemu.path("shell"));
             wait_until("the disks to be tracked", || !is_run || qemu.bitmaps().len() >= 2 * disks.len());
             qemu.qmp("cont", json!({}));
             let up = shell.ask("echo up");
-            let guest = Guest { qemu, shell, disks: disks.to_vec() };
+            let guest = Guest { qemu, shell, disks: disks.to_vec(), _turn: turn.take() };
             if up.is_some_and(|(status, said)| status == 0 && said == "up\n") {
                 break guest;
             }
@@ -204,7 +240,7 @@ impl Guest {
             falls += 1;
             assert!(fell && falls < 4, "the guest's shell does not answer: {}", guest.console());
             eprintln!("QEMU fell over its own emulation, once more: {log}");
-            dir = guest.qemu.into_dir();
+            (dir, turn) = (guest.qemu.into_dir(), guest._turn);
         };
         // The agent starts in the background.
         drop(Agent::connect(&guest.agent()));
