@@ -265,7 +265,11 @@ impl Connector {
         let name = ServerName::try_from(host).map_err(|e| denied(e.to_string()))?;
         stream.set_nodelay(true).map_err(|e| denied(e.to_string()))?;
         let shaken = TlsConnector::from(self.config.clone()).connect(name, stream).await;
-        let stream = shaken.map_err(|e| denied(words(&e, Side::Client)))?;
+        // A connection that breaks in the handshake is no refusal: who comes back tries again.
+        let stream = shaken.map_err(|error| match of_tls(&error) {
+            Some(_) => denied(words(&error, Side::Client)),
+            None => Failure { code: FailureCode::Disconnected, ..denied(words(&error, Side::Client)) },
+        })?;
         Ok(over(stream, address.to_owned(), Side::Client))
     }
 }

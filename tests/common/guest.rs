@@ -394,7 +394,7 @@ struct Shell {
 impl Shell {
     fn connect(socket: &Path) -> Shell {
         let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
         Shell { stream: BufReader::new(stream), count: 0 }
     }
 
@@ -435,7 +435,7 @@ impl Agent {
     /// Connects and waits until the agent is up.
     pub fn connect(socket: &Path) -> Agent {
         let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         let mut me = Agent(BufReader::new(stream));
         me.call("guest-ping");
         me

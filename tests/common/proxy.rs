@@ -71,6 +71,7 @@ struct State {
     /// Of the newest connection.
     open: Mutex<Vec<Socket>>,
     connections: AtomicU64,
+    refused: AtomicU64,
     cut: AtomicU64,
     /// Bytes of all connections.
     to_server: AtomicU64,
@@ -162,6 +163,11 @@ impl Proxy {
         self.state.cut.load(Ordering::SeqCst)
     }
 
+    /// How many connections were refused.
+    pub fn refused(&self) -> u64 {
+        self.state.refused.load(Ordering::SeqCst)
+    }
+
     /// Connections that were let through.
     pub fn connections(&self) -> u64 {
         self.state.connections.load(Ordering::SeqCst)
@@ -189,6 +195,7 @@ impl State {
 
 fn serve(state: &Arc<State>, client: Socket, connect: impl Fn() -> Option<Socket>) {
     if state.down.load(Ordering::SeqCst) {
+        state.refused.fetch_add(1, Ordering::SeqCst);
         return client.shutdown();
     }
     let Some(server) = connect() else { return client.shutdown() };

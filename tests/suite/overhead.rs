@@ -72,7 +72,9 @@ fn measure(version: Version) {
     let runs = said["runs"].as_array().unwrap();
     assert_eq!(runs.len(), 2 * 2 * 5);
     for run in runs {
-        assert!(run["before"]["operations"].as_u64().unwrap() > 0, "{run}");
+        // In one phase, as short as they are here, a machine with other work may not get to it.
+        let operations = |phase: &str| run[phase]["operations"].as_u64().unwrap();
+        assert!(operations("before") + operations("during") + operations("after") > 0, "{run}");
         assert!(!run["course"].as_array().unwrap().is_empty(), "{run}");
         if run["method"] == "fleece" {
             assert!(run["backup"]["read_bytes"].as_u64().unwrap() <= 16 * MIB, "{run}");

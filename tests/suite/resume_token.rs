@@ -76,6 +76,8 @@ async fn a_token_is_good_for_its_client_and_its_vm_and_once() {
     }
     let again = connect(&server, &server.address, "watcher").await.begin(Begin { wait: false, ..begin(token) }).await;
     assert_eq!(again.unwrap_err().code, FailureCode::Busy, "it is held for its client");
+    // A connection that breaks in the middle of TLS's handshake ends nothing.
+    tokio::task::block_in_place(|| wait_until("a try to come back", || proxy.refused() >= 1));
     proxy.rise();
     read_to_end(&mut session, &mut image).await;
     assert!(image == std::fs::read(qemu.path("disk0.raw")).unwrap());

@@ -183,6 +183,7 @@ async fn with_and_without_tls_the_ends_say_what_the_other_speaks() {
     let connector = Connector::open(&server.pki.bundle("backup1")).unwrap();
     let refused = Client::connect_tls(&address, &connector, Timing::default()).await.unwrap_err();
     assert!(refused.message.contains("does it speak TLS"), "{refused}");
+    assert_eq!(refused.code, FailureCode::Disconnected, "it may be the line: who comes back tries again");
     let said = answering.await.unwrap().unwrap_err();
     assert!(said.message.contains("a TLS client"), "{said}");
 }
