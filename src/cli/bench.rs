@@ -1,4 +1,6 @@
-//! `livebackup bench write-overhead`
+//! `livebackup bench write-overhead`; `guest-writes` is in [`guest`].
+
+mod guest;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,6 +35,14 @@ enum BenchCommand {
     /// a directory of its own inside of --dir and is removed at the end; for the method lvm, which only root can have, that
     /// is a volume group on a loop device. By default it takes some 4 minutes and 2 GiB (3 with lvm).
     WriteOverhead(WriteOverheadArgs),
+    /// Measure what livebackup's backups cost the writes of a VM that runs, with fio in its guest
+    ///
+    /// Runs fio in the guest, through the guest's agent, on a file of its own, and backs the VM up meanwhile; what is read is thrown
+    /// away. The guest needs Linux, QEMU's agent with guest-exec allowed, and fio. Nothing is left, in QEMU or in the guest: the
+    /// file is removed, also after an error and Ctrl-C; what livebackup knows of the VM otherwise is not touched. A VM that a
+    /// running `livebackup serve` has cannot be measured. The guest has as much to do as it can, and --size is written to its disk
+    /// again and again: not for a machine that others are waiting for. By default it takes some 4 minutes.
+    GuestWrites(guest::GuestWritesArgs),
 }
 
 #[derive(Debug, Args)]
@@ -96,13 +106,24 @@ fn reader(text: &str) -> Result<Reader, String> {
     }
 }
 
+/// Each rate once; without any, as fast as it can.
+fn readers(named: &[Reader]) -> Vec<Option<u64>> {
+    let mut readers: Vec<_> = named.iter().map(|reader| reader.0).collect();
+    readers.sort();
+    readers.dedup();
+    if readers.is_empty() {
+        readers.push(None);
+    }
+    readers
+}
+
 fn cache(text: &str) -> Result<Cache, String> {
     let all = [Cache::Writeback, Cache::None];
     all.into_iter().find(|c| c.name() == text).ok_or_else(|| "it is writeback or none".to_owned())
 }
 
 /// The named ones in their usual order, or all.
-fn chosen<T: Copy + PartialEq + std::str::FromStr<Err = String>>(
+fn chosen<T: Copy + PartialEq + std::fmt::Display + std::str::FromStr<Err = String>>(
     names: &[String],
     all: &[T],
     default: &[T],
@@ -114,6 +135,10 @@ fn chosen<T: Copy + PartialEq + std::str::FromStr<Err = String>>(
         return Ok(all.to_vec());
     }
     let named = names.iter().map(|name| name.parse().map_err(exit::usage)).collect::<anyhow::Result<Vec<T>>>()?;
+    if let Some(other) = named.iter().find(|one| !all.contains(one)) {
+        let all: Vec<_> = all.iter().map(T::to_string).collect();
+        return Err(exit::usage(format!("{other} cannot be measured here: it is one of {}", all.join(", "))));
+    }
     Ok(all.iter().copied().filter(|one| named.contains(one)).collect())
 }
 
@@ -121,12 +146,6 @@ impl WriteOverheadArgs {
     fn options(&self) -> anyhow::Result<OverheadOptions> {
         if self.size < MIN_SIZE_BYTES || self.size > 64 * GIB || !self.size.is_multiple_of(GRANULE_BYTES) {
             return Err(exit::usage("--size is 16M to 64G, in whole 64K"));
-        }
-        let mut readers: Vec<_> = self.reader_rate.iter().map(|reader| reader.0).collect();
-        readers.sort();
-        readers.dedup();
-        if readers.is_empty() {
-            readers.push(None);
         }
         Ok(OverheadOptions {
             rig: RigOptions { qemu: found(&self.qemu)?, cache: self.cache },
@@ -138,7 +157,7 @@ impl WriteOverheadArgs {
             depth: self.depth,
             workloads: chosen(&self.workload, &Workload::ALL, &[Workload::Random])?,
             methods: chosen(&self.method, &Method::ALL, &Method::ALL)?,
-            readers,
+            readers: readers(&self.reader_rate),
         })
     }
 }
@@ -173,7 +192,11 @@ struct Teller<'a> {
     doing: String,
 }
 
-impl Teller<'_> {
+impl<'a> Teller<'a> {
+    fn new(context: &'a Context) -> Self {
+        Self { context, meter: None, step: (0, 0), doing: String::new() }
+    }
+
     fn say(&self, words: &str) {
         let (step, steps) = self.step;
         let line = match (self.context.output.quiet, self.context.output.json) {
@@ -181,6 +204,7 @@ impl Teller<'_> {
             (false, true) => {
                 serde_json::to_string(&StepLine { progress: words.to_owned(), step, steps }).unwrap_or_default()
             }
+            (false, false) if steps == 0 => words.to_owned(),
             (false, false) => format!("[{step}/{steps}] {words}"),
         };
         let _ = writeln!(progress::above_the_bar(), "{line}");
@@ -214,13 +238,19 @@ fn write(file: &Path, content: &str) -> anyhow::Result<()> {
     std::fs::write(file, content).map_err(|e| anyhow::anyhow!("cannot write {}: {e}", file.display()))
 }
 
+fn markdown(command: &str, report: &impl std::fmt::Display) -> String {
+    format!("# What backups cost a guest's writes\n\nBy `livebackup bench {command}`.\n\n```\n{report}```\n")
+}
+
+/// Files that cannot be written are known before the measurement; what is in them stays until there is something better.
+fn try_file(file: &Path) -> anyhow::Result<()> {
+    let tried = std::fs::File::options().append(true).create(true).open(file);
+    tried.map(drop).map_err(|e| anyhow::anyhow!("cannot write {}: {e}", file.display()))
+}
+
 impl WriteOverheadArgs {
-    /// Files that cannot be written are known before the measurement; what is in them stays until there is something better.
     fn try_files(&self) -> anyhow::Result<()> {
-        [&self.json_file, &self.html, &self.markdown].into_iter().flatten().try_for_each(|file| {
-            let tried = std::fs::File::options().append(true).create(true).open(file);
-            tried.map(drop).map_err(|e| anyhow::anyhow!("cannot write {}: {e}", file.display()))
-        })
+        [&self.json_file, &self.html, &self.markdown].into_iter().flatten().try_for_each(|file| try_file(file))
     }
 
     fn write_files(&self, report: &Report) -> anyhow::Result<()> {
@@ -231,22 +261,23 @@ impl WriteOverheadArgs {
             write(file, &html::page(report))?;
         }
         if let Some(file) = &self.markdown {
-            write(
-                file,
-                &format!(
-                    "# What backups cost a guest's writes\n\nBy `livebackup bench write-overhead`.\n\n```\n{report}```\n"
-                ),
-            )?;
+            write(file, &markdown("write-overhead", report))?;
         }
         Ok(())
     }
 }
 
 pub async fn run(context: &Context, args: &BenchArgs) -> anyhow::Result<Code> {
-    let BenchCommand::WriteOverhead(args) = &args.command;
+    match &args.command {
+        BenchCommand::WriteOverhead(args) => write_overhead(context, args).await,
+        BenchCommand::GuestWrites(args) => guest::run(context, args).await,
+    }
+}
+
+async fn write_overhead(context: &Context, args: &WriteOverheadArgs) -> anyhow::Result<Code> {
     let options = args.options()?;
     args.try_files()?;
-    let mut teller = Teller { context, meter: None, step: (0, 0), doing: String::new() };
+    let mut teller = Teller::new(context);
     let done = overhead::run(options, |progress| teller.tell(progress), context.interrupted.clone()).await;
     drop(teller);
     let report = match done {

@@ -56,6 +56,23 @@ impl Context {
         }
     }
 
+    /// A directory that is there, on the file system that the scratch of a backup would be on.
+    pub fn usual_scratch(&self) -> PathBuf {
+        let usual = self.scratch.clone().unwrap_or_else(|| self.state.join("scratch"));
+        let there = usual.ancestors().find(|dir| dir.is_dir());
+        there.map_or_else(std::env::temp_dir, PathBuf::from)
+    }
+
+    /// How disks are read.
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// Most scratch, where that was said.
+    pub fn scratch_budget_bytes(&self) -> Option<u64> {
+        self.scratch_budget_bytes
+    }
+
     /// Does something until the user stops it.
     pub async fn unless_interrupted<T, E: Into<anyhow::Error>>(
         &self,

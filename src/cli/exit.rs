@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use crate::backup::BackupError;
 use crate::map::MapError;
+use crate::overhead::guest::error::GuestError;
 use crate::pki::PkiError;
 use crate::repo::RepoError;
 use crate::repo::point::ChoiceError;
@@ -152,6 +153,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<PkiError>() {
         return of_pki(error);
     }
+    if let Some(error) = cause.downcast_ref::<GuestError>() {
+        return of_guest(error);
+    }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return of_failure(failure.code);
     }
@@ -236,6 +240,18 @@ fn of_pki(error: &PkiError) -> Option<Code> {
         PkiError::NoAuthority { .. } | PkiError::Unknown { .. } => Some(Code::NotFound),
         PkiError::Name { .. } => Some(Code::Usage),
         PkiError::Durable(error) => error.is_no_space().then_some(Code::NoSpace),
+        _ => None,
+    }
+}
+
+fn of_guest(error: &GuestError) -> Option<Code> {
+    match error {
+        GuestError::Served { .. } => Some(Code::Busy),
+        GuestError::Machine(failure) | GuestError::Session(failure) => of_failure(failure.code),
+        GuestError::NoSpace { .. } => Some(Code::NoSpace),
+        GuestError::Interrupted => Some(Code::Interrupted),
+        // What was left counts.
+        GuestError::Left { .. } => Some(Code::Failed),
         _ => None,
     }
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 use nix::unistd::{SysconfVar, sysconf};
 use serde::Serialize;
 
+use crate::units::human_bytes;
+
 /// A directory, and the file system that it is on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Place {
@@ -83,6 +85,30 @@ impl About {
     }
 }
 
+impl About {
+    /// What it says, for people.
+    pub fn lines(&self) -> [String; 2] {
+        let places: Vec<_> =
+            self.places.iter().map(|p| format!("{} on {} ({})", p.what, p.file_system, p.device)).collect();
+        [
+            format!(
+                "{} ({} processors), {} of memory, Linux {}",
+                self.processor,
+                self.cores,
+                human_bytes(self.memory_bytes),
+                self.kernel
+            ),
+            format!(
+                "load {} at the start, {} at the end; others kept {:.1} processors busy; {}",
+                self.load_before,
+                self.load_after,
+                self.others_cores,
+                places.join(", ")
+            ),
+        ]
+    }
+}
+
 /// Type and device of the file system that a path is on, by `/proc/self/mountinfo`.
 fn file_system(mounts: &str, path: &Path) -> Option<(String, String)> {
     let each = mounts.lines().filter_map(|line| {
@@ -96,32 +122,45 @@ fn file_system(mounts: &str, path: &Path) -> Option<(String, String)> {
     each.max_by_key(|(depth, _)| *depth).map(|(_, found)| found)
 }
 
-/// Processor time of the host and of us.
+/// Processor time of the host, and of us and what is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Busy {
     at: std::time::Instant,
     all_s: f64,
     ours_s: f64,
+    beside: Option<i32>,
 }
 
 impl Busy {
-    /// So far. QEMUs count as ours once they have ended.
+    /// So far. QEMUs of ours count as ours once they have ended.
     pub fn now() -> Self {
+        Self::with(None)
+    }
+
+    /// So far, with a process that is measured and no child of ours.
+    pub fn beside(pid: i32) -> Self {
+        Self::with(Some(pid))
+    }
+
+    fn with(beside: Option<i32>) -> Self {
         let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().filter(|hz| *hz > 0).unwrap_or(100) as f64;
         let sum = |text: &str, places: &[usize]| {
             let fields: Vec<f64> = text.split_whitespace().map(|f| f.parse().unwrap_or(0.0)).collect();
             places.iter().filter_map(|place| fields.get(*place)).sum::<f64>() / ticks
         };
         let stat = read("/proc/stat");
-        let own = read("/proc/self/stat");
-        let own = own.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let process = |pid: &str| {
+            let stat = read(&format!("/proc/{pid}/stat"));
+            sum(stat.rsplit_once(')').map_or("", |(_, rest)| rest), &[11, 12, 13, 14])
+        };
+        let ours_s = process("self") + beside.map_or(0.0, |pid| process(&pid.to_string()));
         let all_s = sum(stat.lines().next().unwrap_or(""), &[1, 2, 3, 5, 6, 7]);
-        Self { at: std::time::Instant::now(), all_s, ours_s: sum(own, &[11, 12, 13, 14]) }
+        Self { at: std::time::Instant::now(), all_s, ours_s, beside }
     }
 
     /// How many processors others have kept busy since.
     pub fn others_since(self) -> f64 {
-        let now = Self::now();
+        let now = Self::with(self.beside);
         let seconds = now.at.duration_since(self.at).as_secs_f64().max(0.01);
         ((now.all_s - self.all_s) - (now.ours_s - self.ours_s)).max(0.0) / seconds
     }

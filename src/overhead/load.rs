@@ -26,7 +26,7 @@ use super::model::{BLOCK_BYTES, Model, Rng};
 use crate::monitor::Event;
 
 /// Lanes of the database: a few transactions commit at the same time.
-const COMMITTERS: usize = 4;
+pub(super) const COMMITTERS: usize = 4;
 /// Of ten requests of the mixed load so many are reads.
 const READS_OF_TEN: u64 = 7;
 /// Looks at the queue before it sleeps.

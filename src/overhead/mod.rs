@@ -26,6 +26,7 @@ mod courses;
 pub mod driver;
 pub mod error;
 pub mod figures;
+pub mod guest;
 pub mod html;
 pub mod load;
 pub mod method;

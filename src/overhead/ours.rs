@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout_at;
 
 use super::error::OverheadError;
-use super::method::{Bench, Outcome};
+use super::method::{Bench, Outcome, keep_pace};
 use super::rig::{DISK, WorkDir};
 use crate::extent::Extent;
 use crate::impact::Budget;
@@ -50,25 +50,38 @@ fn begin(rate: Option<u64>) -> Begin {
 }
 
 /// What a reader has had.
-#[derive(Default)]
-struct Drained {
-    bytes: u64,
-    copied_bytes: Option<u64>,
-    finished: bool,
+#[derive(Debug, Default)]
+pub(super) struct Drained {
+    /// How much.
+    pub bytes: u64,
+    /// What was copied to scratch.
+    pub copied_bytes: Option<u64>,
+    /// Whether that was all.
+    pub finished: bool,
 }
 
-/// Reads a session to its end, or to the deadline.
-async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, OverheadError> {
-    let mut drained = Drained::default();
+/// Reads a session to its end, or to the deadline; takes no more than `rate` in a second.
+pub(super) async fn drain(
+    session: &mut Session,
+    drained: &mut Drained,
+    deadline: Instant,
+    rate: Option<u64>,
+) -> Result<(), OverheadError> {
+    let began = Instant::now();
     while let Ok(event) = timeout_at(deadline.into(), session.events.recv()).await {
-        let extent = match event {
-            Some(Ok(Event::Data { offset_bytes, bytes, .. })) => Extent::new(offset_bytes, bytes.len() as u64),
-            Some(Ok(Event::Packed { offset_bytes, packed, .. })) => Extent::new(offset_bytes, packed.raw_len().into()),
-            Some(Ok(Event::Zero { extent, .. } | Event::Same { extent, .. })) => extent,
+        let (disk, extent) = match event {
+            Some(Ok(Event::Data { disk, offset_bytes, bytes })) => {
+                (disk, Extent::new(offset_bytes, bytes.len() as u64))
+            }
+            Some(Ok(Event::Packed { disk, offset_bytes, packed })) => {
+                (disk, Extent::new(offset_bytes, packed.raw_len().into()))
+            }
+            Some(Ok(Event::Zero { disk, extent } | Event::Same { disk, extent })) => (disk, extent),
             Some(Ok(Event::Sent)) => continue,
             Some(Ok(Event::End(totals))) => {
                 drained.finished = true;
-                drained.copied_bytes = totals.impact.first().map(|disk| disk.impact.copied_bytes);
+                let copied = totals.impact.iter().map(|disk| disk.impact.copied_bytes);
+                drained.copied_bytes = copied.reduce(u64::saturating_add);
                 break;
             }
             Some(Err(failure)) => return Err(failure.into()),
@@ -76,9 +89,10 @@ async fn drain(session: &mut Session, deadline: Instant) -> Result<Drained, Over
         };
         drained.bytes += extent.len_bytes;
         // As the client does in one process. Who has ended takes no more.
-        let _ = session.acks.send(Ack { disk: 0, extents: vec![extent] });
+        let _ = session.acks.send(Ack { disk, extents: vec![extent] });
+        keep_pace(began, drained.bytes, rate).await;
     }
-    Ok(drained)
+    Ok(())
 }
 
 /// A full.
@@ -94,7 +108,8 @@ async fn one(bench: &Bench<'_>, vm: &Vm, began_ns: u64, begin: Begin) -> Result<
 
 async fn to_the_end(bench: &Bench<'_>, vm: &Vm, began_ns: u64, mut session: Session) -> Result<Outcome, OverheadError> {
     let deadline = bench.deadline();
-    let drained = drain(&mut session, deadline).await?;
+    let mut drained = Drained::default();
+    drain(&mut session, &mut drained, deadline, None).await?;
     drop(session);
     vm.idle().await;
     let Drained { bytes: read_bytes, copied_bytes, finished } = drained;
@@ -109,7 +124,7 @@ pub async fn incremental(bench: &Bench<'_>, vm: &Vm, quiet: bool) -> Result<Outc
     bench.load.hold(true).await?;
     let mut session = vm.begin(begin(None)).await?;
     let checkpoint = session.begun.disks.first().and_then(|disk| disk.checkpoint);
-    drain(&mut session, Instant::now() + Duration::from_secs(3600)).await?;
+    drain(&mut session, &mut Drained::default(), Instant::now() + Duration::from_secs(3600), None).await?;
     drop(session);
     vm.idle().await;
     let blocks = bench.options.blocks();

@@ -65,7 +65,8 @@ pub struct Run {
     pub failed_requests: u64,
     /// How many processors others kept busy meanwhile.
     pub others_cores: f64,
-    /// Its course.
+    /// Its course, where it is known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub course: Vec<Point>,
 }
 

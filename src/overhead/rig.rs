@@ -65,14 +65,20 @@ impl Cache {
 pub struct WorkDir(PathBuf);
 
 impl WorkDir {
-    /// Makes one inside of `dir`.
+    /// Makes one inside of `dir`, which can have sockets.
     pub fn create(dir: &Path) -> Result<Self, OverheadError> {
+        let work = Self::beside(dir)?;
+        match work.path("qtest").as_os_str().len() > MAX_SOCKET_PATH {
+            true => Err(OverheadError::TooLong(work.0.clone())),
+            false => Ok(work),
+        }
+    }
+
+    /// Makes one inside of `dir`, for files only.
+    pub fn beside(dir: &Path) -> Result<Self, OverheadError> {
         let dir = std::fs::canonicalize(dir).map_err(path("cannot use the directory", dir))?;
         let name = format!("livebackup-overhead-{}-{}", std::process::id(), &PackId::random().short()[..4]);
         let own = dir.join(name);
-        if own.join("qtest").as_os_str().len() > MAX_SOCKET_PATH {
-            return Err(OverheadError::TooLong(own));
-        }
         std::fs::create_dir(&own).map_err(path("cannot make the directory", &own))?;
         Ok(Self(own))
     }

@@ -85,36 +85,65 @@ fn strings(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
+/// Rates of readers.
+pub(super) fn rates(readers: &[Option<u64>]) -> String {
+    let one = |rate: &Option<u64>| match rate {
+        Some(rate) => format!("{}/s", human_bytes(*rate)),
+        None => "as fast as it can".to_owned(),
+    };
+    readers.iter().map(one).collect::<Vec<_>>().join(" and ")
+}
+
+/// The tables of a workload: what it comes to, and each phase.
+pub(super) fn tables(f: &mut fmt::Formatter<'_>, own: &[&Summary]) -> fmt::Result {
+    let head = [
+        "METHOD",
+        "WHAT",
+        "RATE DURING/IDLE",
+        "P99 DURING/IDLE",
+        "SLOWEST",
+        "BACKUP TOOK",
+        "GUEST LOST",
+        "ENDED",
+        "OTHERS' CPUS",
+    ];
+    let mut short = vec![strings(&head)];
+    let head = ["METHOD", "PHASE", "OPERATIONS/S", "MiB/S", "P50", "P99", "P99.9", "SLOWEST"];
+    let mut long = vec![strings(&head)];
+    for summary in own {
+        let Some(measured) = &summary.measured else { continue };
+        short.push(short_row(summary, measured));
+        let phases = [("before", measured.before), ("during", measured.during), ("after", measured.after)];
+        for (i, (name, phase)) in phases.iter().enumerate() {
+            long.push(phase_row(if i == 0 { &summary.case } else { "" }, name, phase));
+        }
+    }
+    write!(f, "{}\n{}", Rows(short), Rows(long))
+}
+
+/// What was not measured of a workload, and why.
+pub(super) fn gaps(f: &mut fmt::Formatter<'_>, own: &[&Summary]) -> fmt::Result {
+    for summary in own {
+        if let Some(why) = &summary.not_measured {
+            let which = if summary.rounds == 0 { "not measured" } else { "not always measured" };
+            writeln!(f, "{}: {which}: {why}", summary.case)?;
+        }
+    }
+    Ok(())
+}
+
 impl Report {
     /// Lines about the machine and the settings.
     pub(super) fn head(&self) -> Vec<String> {
         let (about, settings) = (&self.about, &self.settings);
-        let places: Vec<_> =
-            about.places.iter().map(|p| format!("{} on {} ({})", p.what, p.file_system, p.device)).collect();
-        let reader = |rate: &Option<u64>| match rate {
-            Some(rate) => format!("{}/s", human_bytes(*rate)),
-            None => "as fast as it can".to_owned(),
-        };
-        let readers: Vec<_> = settings.readers_bytes_per_second.iter().map(reader).collect();
+        let [host, meanwhile] = about.lines();
         vec![
             format!(
                 "began {:.0}, took {:.0} s; livebackup {}, QEMU {}",
                 self.began, self.took_s, about.livebackup, about.qemu
             ),
-            format!(
-                "{} ({} processors), {} of memory, Linux {}",
-                about.processor,
-                about.cores,
-                human_bytes(about.memory_bytes),
-                about.kernel
-            ),
-            format!(
-                "load {} at the start, {} at the end; others kept {:.1} processors busy; {}",
-                about.load_before,
-                about.load_after,
-                about.others_cores,
-                places.join(", ")
-            ),
+            host,
+            meanwhile,
             format!(
                 "disk of {}, cache={}, {} requests under way, {} rounds, backups of up to {} s, reader {}",
                 human_bytes(settings.size_bytes),
@@ -122,7 +151,7 @@ impl Report {
                 settings.depth,
                 settings.rounds,
                 settings.seconds,
-                readers.join(" and ")
+                rates(&settings.readers_bytes_per_second)
             ),
         ]
     }
@@ -144,36 +173,9 @@ impl fmt::Display for Report {
                 "\n{workload}: {}. Medians of the rounds (least-most). Idle: the median before all backups of a round (lvm: before it)",
                 workload.words()
             )?;
-            let head = [
-                "METHOD",
-                "WHAT",
-                "RATE DURING/IDLE",
-                "P99 DURING/IDLE",
-                "SLOWEST",
-                "BACKUP TOOK",
-                "GUEST LOST",
-                "ENDED",
-                "OTHERS' CPUS",
-            ];
-            let mut short = vec![strings(&head)];
-            let head = ["METHOD", "PHASE", "OPERATIONS/S", "MiB/S", "P50", "P99", "P99.9", "SLOWEST"];
-            let mut long = vec![strings(&head)];
-            for summary in &own {
-                let Some(measured) = &summary.measured else { continue };
-                short.push(short_row(summary, measured));
-                let phases = [("before", measured.before), ("during", measured.during), ("after", measured.after)];
-                for (i, (name, phase)) in phases.iter().enumerate() {
-                    long.push(phase_row(if i == 0 { &summary.case } else { "" }, name, phase));
-                }
-            }
-            write!(f, "{}\n{}", Rows(short), Rows(long))?;
+            tables(f, &own)?;
             write!(f, "{}", Courses::of(&self.runs, &own))?;
-            for summary in own {
-                if let Some(why) = &summary.not_measured {
-                    let which = if summary.rounds == 0 { "not measured" } else { "not always measured" };
-                    writeln!(f, "{}: {which}: {why}", summary.case)?;
-                }
-            }
+            gaps(f, &own)?;
         }
         let hoped: Vec<_> = self.targets.iter().filter_map(|t| Some((t, t.value?, t.met?))).collect();
         if !hoped.is_empty() {

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
+use crate::agent::Channel;
 use crate::area::Skip;
 use crate::checkpoint::{Log, Medium, QemuInstance};
 use crate::grade::Held;
@@ -70,6 +71,7 @@ pub mod tracking;
 pub mod transfer;
 pub mod undo;
 
+pub use agent::Absence as AgentAbsence;
 pub use attach::absolute;
 pub use device::Exclusive;
 pub use doctor::{Check, CheckVerdict};
@@ -220,6 +222,21 @@ impl Vm {
     /// The VM, without keeping it.
     pub fn downgrade(&self) -> WeakVm {
         WeakVm { inner: Arc::downgrade(&self.inner) }
+    }
+
+    /// Its QEMU's process.
+    pub fn qemu_pid(&self) -> i32 {
+        self.inner.qemu.pid
+    }
+
+    /// The run state in QEMU's words: `running`, `paused`, …
+    pub async fn run_state(&self) -> Result<String, Failure> {
+        monitor::run_state(self.monitor()).await.map_err(qemu_failed)
+    }
+
+    /// The channel of the guest's agent, which takes one client: while it is open, no session can freeze the guest.
+    pub async fn agent(&self) -> Result<Channel, AgentAbsence> {
+        agent::open(self.monitor(), self.inner.options.quiet.agent.as_ref()).await
     }
 
     /// Resolves when QEMU's monitor has closed.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the small Linux guest that the tests and the demo boot, and prints its directory:
 #   vmlinuz     Debian's cloud kernel, unpacked (never installed)
-#   initramfs   busybox, qemu-ga with its libraries, the writer, the drivers, `init`
+#   initramfs   busybox, qemu-ga and fio with their libraries, the writer, the drivers, `init`
 #   writer      the writer and checker (writer.c), static: for the host too
 # Needs no root, only what tests/setup.sh installs. Cache: $LIVEBACKUP_CACHE, default ~/.cache/livebackup. The
 # directory's name has the hash of what it is made from: a changed script makes a new guest, and a second run nothing.
@@ -17,7 +17,7 @@ if [ -e "$guest/done" ]; then
   exit
 fi
 fail() { echo "$*" >&2; exit 1; }
-for tool in apt-get dpkg-deb gcc cpio flock; do
+for tool in apt-get dpkg-deb gcc objdump cpio flock; do
   command -v "$tool" >/dev/null || fail "$tool is missing: run tests/setup.sh first"
 done
 
@@ -40,13 +40,15 @@ agent_packages() {
   apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
     qemu-guest-agent 2>>"$log" | grep -E '^(qemu-guest-agent|lib[a-z0-9.-]*|zlib1g)$' | grep -v perl
 }
+others="busybox-static fio libaio1 libnuma1"
 download() {
   local kernel agent
   kernel=$(kernel_package) && [ -n "$kernel" ] && agent=$(agent_packages) || return 1
-  # shellcheck disable=SC2086 # a list of names
-  apt-get download -qq "$kernel" busybox-static $agent >>"$log" 2>&1 && echo "$kernel" >complete
+  # shellcheck disable=SC2086 # lists of names
+  apt-get download -qq "$kernel" $others $agent >>"$log" 2>&1 && echo "$kernel" >complete
 }
-if [ ! -e complete ]; then
+have() { for name in $others; do compgen -G "${name}_*.deb" >/dev/null || return 1; done; }
+if [ ! -e complete ] || ! have; then
   echo "downloading the guest's packages" >&2
   if ! download; then
     [ "$(id -u)" = 0 ] || fail "cannot download the guest's packages (see $log); try: sudo apt-get update"
@@ -97,16 +99,32 @@ for applet in $(bin/busybox --list); do [ "$applet" = busybox ] || ln -s busybox
 install -m 755 "$here/init" init
 cp ../writer bin/
 cp "$files"/usr/sbin/qemu-ga usr/sbin/
+cp "$files"/usr/bin/fio bin/
 loader=$(find "$files" -name 'ld-linux-x86-64.so.2' | head -1)
 libraries=$(find "$files" -type d -name x86_64-linux-gnu -path '*lib/*' | paste -sd:)
 cp -L "$loader" lib64/ld-linux-x86-64.so.2
-needed=$("$loader" --library-path "$libraries" --list usr/sbin/qemu-ga)
-if lost=$(grep 'not found' <<<"$needed"); then fail "libraries of qemu-ga: $lost"; fi
+
+# Debian's fio is linked with the libraries of all storage that it knows, 80 MiB with what these need (Ceph, Gluster, RDMA, …).
+# Here it has a disk: for the others there is one library that has their symbols and does nothing.
+mkdir "$tmp/stub"
+objdump -T bin/fio | awk '/\*UND\*/ && match($0, /\((GFAPI|LIBNBD|IBVERBS|RDMACM|LIBPMEM|LIBPMEMBLK|LIBRADOS|LIBRBD)[^)]*\)/) {
+    print substr($0, RSTART + 1, RLENGTH - 2), $NF }
+  /\*UND\*/ && $NF ~ /^(rados|rbd)_/ && !/\(/ { print "-", $NF }' >"$tmp/stub/symbols"
+awk '{print "void " $2 "(void) { __builtin_trap(); }"}' "$tmp/stub/symbols" >"$tmp/stub/stub.c"
+awk '$1 != "-" {of[$1] = of[$1] $2 "; "} END {for (v in of) print v " { " of[v] "};"}' "$tmp/stub/symbols" >"$tmp/stub/versions"
+gcc -w -shared -fno-builtin -Wl,--version-script="$tmp/stub/versions" -o "$tmp/stub/libstub.so" "$tmp/stub/stub.c"
+objdump -p bin/fio | awk '/NEEDED/ && /lib(gfapi|nbd|ibverbs|rdmacm|pmem|pmemblk|rados|rbd)\.so/ {print $2}' |
+  xargs -I{} ln -s libstub.so "$tmp/stub/{}"
 mkdir -p lib/x86_64-linux-gnu
-awk '/=> \//{print $3}' <<<"$needed" | xargs -I{} cp -L {} lib/x86_64-linux-gnu/
+cp -P "$tmp"/stub/*.so* lib/x86_64-linux-gnu/
+for program in usr/sbin/qemu-ga bin/fio; do
+  needed=$("$loader" --library-path "$libraries:$tmp/stub" --list "$program")
+  if lost=$(grep 'not found' <<<"$needed"); then fail "libraries of $program: $lost"; fi
+  awk '/=> \//{print $3}' <<<"$needed" | grep -v "^$tmp/stub/" | xargs -I{} cp -L {} lib/x86_64-linux-gnu/
+done
 find . | sort | cpio -o -H newc -R 0:0 --quiet >../initramfs
 cd ..
-rm -rf root kernel files
+rm -rf root kernel files stub
 : >"done"
 rm -rf "$guest"
 mv "$tmp" "$guest"

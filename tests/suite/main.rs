@@ -47,6 +47,7 @@ mod graph_board;
 mod guest;
 mod guest_power_off;
 mod guest_swap;
+mod guest_writes;
 mod harness;
 mod holds;
 mod host_status;
