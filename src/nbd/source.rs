@@ -40,8 +40,7 @@ pub struct SourceOptions {
     pub connections: usize,
     /// What to keep to.
     pub rules: SourceRules,
-    /// Split reads at multiples of this too (at least a granule; it divides the boundary). One granule costs QEMU less
-    /// processor time than a mebibyte on one connection: `bench/nbd.rs` measures it.
+    /// Split reads at multiples of this too (at least a granule; it divides the boundary): shorter ones are on their way at once.
     pub request_bytes: Option<u64>,
     /// Time limits.
     pub connect: ConnectOptions,
