@@ -73,7 +73,7 @@ boot() { # NAME FORMAT0 IMAGE0 IMAGE1: starts a guest with disks vd0 and vd1, an
     -device virtio-blk-pci,drive=node1,id=vd1,serial=vd1 </dev/null >"$work/$name.log" 2>&1 &
   booted=$!
   ours[$booted]=$name
-  wait_for "QEMU to start ($(cat "$work/$name.log"))" 10 test -S "$work/$name.shell"
+  wait_for "QEMU to start (what it says: $work/$name.log)" 10 test -S "$work/$name.shell"
   sh_in "$name" "uname -sr" >/dev/null || { cat "$work/$name.log" "$work/$name.console"; fail "the guest does not answer"; }
   echo "the guest $name is up after $(since "$start") s"
 }
