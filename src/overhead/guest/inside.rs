@@ -339,33 +339,34 @@ impl Inside {
     async fn ended(&mut self, what: &str, started: Started, grace: Duration) -> Result<Executed, GuestError> {
         let limit = started.limit + grace;
         loop {
-            match self.status(started.number).await {
-                Ok(Some(ended)) => return Ok(ended),
-                Ok(None) => {}
-                Err(error) if is_lapse(&error) => {}
-                Err(error) => return Err(error),
-            }
-            if started.at.elapsed() > limit {
-                self.must_run().await?;
-                return Err(GuestError::Hangs { what: what.to_owned(), seconds: limit.as_secs() });
+            if let Some(ended) = self.look_at(what, started, limit).await? {
+                return Ok(ended);
             }
             self.pause(LOOK_EVERY).await?;
         }
+    }
+
+    /// What a program has come to, if it has ended; an error when it should have.
+    async fn look_at(&mut self, what: &str, started: Started, limit: Duration) -> Result<Option<Executed>, GuestError> {
+        match self.status(started.number).await {
+            Ok(Some(ended)) => return Ok(Some(ended)),
+            Ok(None) => {}
+            Err(error) if is_lapse(&error) => {}
+            Err(error) => return Err(error),
+        }
+        if started.at.elapsed() > limit {
+            self.must_run().await?;
+            return Err(GuestError::Hangs { what: what.to_owned(), seconds: limit.as_secs() });
+        }
+        Ok(None)
     }
 
     /// Runs a small program to its end. Not interrupted: it is short.
     async fn run(&mut self, program: &str, arguments: &[&str]) -> Result<Executed, GuestError> {
         let started = self.start(program, arguments, SHORT).await?;
         loop {
-            match self.status(started.number).await {
-                Ok(Some(ended)) => return Ok(ended),
-                Ok(None) => {}
-                Err(error) if is_lapse(&error) => {}
-                Err(error) => return Err(error),
-            }
-            if started.at.elapsed() > SHORT {
-                self.must_run().await?;
-                return Err(GuestError::Hangs { what: program.to_owned(), seconds: SHORT.as_secs() });
+            if let Some(ended) = self.look_at(program, started, SHORT).await? {
+                return Ok(ended);
             }
             sleep(LOOK_EVERY / 4).await;
         }
