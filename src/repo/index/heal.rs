@@ -11,15 +11,15 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::durable::{self, TEMPORARY_ENDING};
+use crate::durable;
 use crate::repo::error::RepoError;
 use crate::repo::index::format::{PackRef, RawEntry, encode_entry};
 use crate::repo::index::merge;
-use crate::repo::index::set::{IndexFile, IndexSet};
+use crate::repo::index::set::{IndexFile, IndexSet, list};
 use crate::repo::layout::Layout;
 use crate::repo::{journal, lock, packfile};
 
@@ -31,7 +31,7 @@ fn unlisted(layout: &Layout, set: &IndexSet) -> Result<(Vec<PackRef>, Vec<RawEnt
     for dir in list(&layout.packs())? {
         for path in list(&dir)? {
             let id = path.file_name().and_then(OsStr::to_str).and_then(|name| name.parse().ok());
-            if path.extension() == Some(OsStr::new(TEMPORARY_ENDING)) || id.is_none_or(|id| listed.contains(&id)) {
+            if id.is_none_or(|id| listed.contains(&id)) {
                 continue;
             }
             match packfile::read_directory(&path) {
@@ -46,11 +46,6 @@ fn unlisted(layout: &Layout, set: &IndexSet) -> Result<(Vec<PackRef>, Vec<RawEnt
     }
     entries.sort_unstable();
     Ok((packs, entries))
-}
-
-fn list(dir: &Path) -> Result<Vec<PathBuf>, RepoError> {
-    let at = || RepoError::io("list", dir);
-    fs::read_dir(dir).map_err(at())?.map(|entry| Ok(entry.map_err(at())?.path())).collect()
 }
 
 /// What these index files do not list, for this process alone: nothing is written.

@@ -92,7 +92,8 @@ pub struct IndexSet {
     files: Vec<Arc<IndexFile>>,
 }
 
-fn list(dir: &Path) -> Result<Vec<PathBuf>, RepoError> {
+/// What is in a directory, but for what is not finished.
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, RepoError> {
     let at = || RepoError::io("list", dir);
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(at())? {
